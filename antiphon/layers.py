@@ -1,0 +1,277 @@
+"""Computations that several boxes share, each once: norms, rotary positions, attention, SwiGLU, experts.
+
+Modules carry the names of the released checkpoint. Norms and routers compute in at least float32, never less than
+their input (a float64 model stays float64).
+
+Shapes: B batch, T time, W model width, H heads, K key/value heads, D head size, E experts, N tokens.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from antiphon.config import DecoderConfig
+from antiphon.streaming import KVCache, Span, WindowCache, open_span
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, dim] -> […, dim]."""
+        if x.dtype in (torch.float32, torch.float64):
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return self.weight * F.rms_norm(widened(x), self.weight.shape, None, self.eps).to(x.dtype)
+
+
+class LayerScale(nn.Module):
+    """A learnt factor per channel on a residual branch."""
+
+    def __init__(self, dim: int, initial: float) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((dim,), initial))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, dim] -> […, dim]."""
+        return self.scale * x
+
+
+@lru_cache
+def _frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    return theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+
+
+def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, 1, T, D] of positions [B, T]; angles in float32 whatever the model's type."""
+    angles = positions[:, None, :, None].float() * _frequencies(head_dim, theta, positions.device)
+    angles = torch.cat([angles, angles], -1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions applied to x [B, H, T, D]: the halves of D are the pairs that turn."""
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat([-b, a], -1) * sin
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention of q [B, H, T, D] over k, v [B, K, S, D] where mask [B, 1, T, S] allows -> [B, T, H * D]."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:  # query heads of one key head are further queries of it, so keys are not repeated in memory
+        batch, heads, steps, dim = q.shape
+        q = q.reshape(batch, k.shape[1], groups * steps, dim)
+        mask = None if mask is None else mask.repeat(1, 1, groups, 1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = y.reshape(batch, heads, steps, dim)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return y.transpose(1, 2).flatten(2)
+
+
+class Attention(nn.Module):
+    """Causal attention with rotary positions, grouped key heads and, where the box has them, per-head norms."""
+
+    def __init__(
+        self, width: int, heads: int, kv_heads: int, head_dim: int, *, bias: bool = False, norm_eps: float | None = None
+    ) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.q_proj = nn.Linear(width, heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * head_dim, width, bias=bias)
+        self.q_norm = nn.Identity() if norm_eps is None else RMSNorm(head_dim, norm_eps)
+        self.k_norm = nn.Identity() if norm_eps is None else RMSNorm(head_dim, norm_eps)
+
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], span: Span, layer: int) -> Tensor:
+        """[B, T, W] -> [B, T, W]; `turn` is what `rotary` gave for the span."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), *turn)
+        k = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), *turn)
+        k, v = span.store(layer, k, self.v_proj(x).view(heads).transpose(1, 2))
+        return self.o_proj(attend(q, k, v, span.mask))
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward block."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, W] -> […, W]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Experts(nn.Module):
+    """Feed-forward experts stacked into one tensor each (on disk they are one tensor per expert)."""
+
+    def __init__(self, experts: int, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, width))
+        self.down_proj = nn.Parameter(torch.empty(experts, width, inner))
+        # quantized weights bring a scale per expert and output; None is a weight that needs none
+        self.register_parameter("gate_up_scale", None)
+        self.register_parameter("down_scale", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fresh weights of standard deviation 1/sqrt(fan-in)."""
+        nn.init.normal_(self.gate_up_proj, std=self.gate_up_proj.shape[-1] ** -0.5)
+        nn.init.normal_(self.down_proj, std=self.down_proj.shape[-1] ** -0.5)
+
+    def forward(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
+        """x [N, W] through the experts chosen [N, k], mixed by weight [N, k] -> [N, W]."""
+        y = torch.zeros_like(x)
+        order = chosen.flatten().argsort(stable=True)  # slots grouped by expert, tokens in order
+        token, share = order // chosen.shape[1], weight.flatten()[order, None]
+        start = 0
+        for expert, count in enumerate(torch.bincount(chosen.flatten()).tolist()):
+            if count:
+                mine = token[start : start + count]
+                y.index_add_(0, mine, self._one(x[mine], expert) * share[start : start + count])
+                start += count
+        return y
+
+    def _one(self, x: Tensor, expert: int) -> Tensor:
+        gate, up = F.linear(x, scaled(self.gate_up_proj, self.gate_up_scale, expert, x)).chunk(2, -1)
+        return F.linear(F.silu(gate) * up, scaled(self.down_proj, self.down_scale, expert, x))
+
+
+def scaled(weight: Tensor, scale: Tensor | None, expert: int, like: Tensor) -> Tensor:
+    """Weight matrix of one expert; a quantized one is multiplied out in the type of the activations."""
+    return weight[expert] if scale is None else weight[expert].to(like.dtype) * scale[expert, :, None]
+
+
+class Router(nn.Module):
+    """Scores tokens against experts."""
+
+    def __init__(self, experts: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fresh weights of standard deviation 1/sqrt(fan-in)."""
+        nn.init.normal_(self.weight, std=self.weight.shape[-1] ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, W] -> probabilities [N, E] in float32 or wider."""
+        return widened(F.linear(x, self.weight)).softmax(-1)
+
+
+class SparseMLP(nn.Module):
+    """Top-k experts and, in the Talker, one that every token visits behind a sigmoid gate."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.top_k, self.normalize = config.num_experts_per_tok, config.norm_topk_prob
+        self.gate = Router(config.num_experts, width)
+        self.experts = Experts(config.num_experts, width, config.moe_intermediate_size)
+        shared = config.shared_expert_intermediate_size
+        self.shared_expert = None if shared is None else SwiGLU(width, shared)
+        self.shared_expert_gate = None if shared is None else nn.Linear(width, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, W] -> [B, T, W]."""
+        flat = x.flatten(0, 1)
+        weight, chosen = self.gate(flat).topk(self.top_k, -1)
+        if self.normalize:
+            weight = weight / weight.sum(-1, keepdim=True)
+        y = self.experts(flat, chosen, weight.to(x.dtype))
+        if self.shared_expert is not None and self.shared_expert_gate is not None:
+            y = y + self.shared_expert_gate(flat).sigmoid() * self.shared_expert(flat)
+        return y.view_as(x)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm transformer layer: attention, then a dense or sparse feed-forward block."""
+
+    def __init__(self, config: DecoderConfig, index: int) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(width, eps)
+        self.self_attn = Attention(
+            width,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            bias=config.attention_bias,
+            norm_eps=eps,
+        )
+        self.post_attention_layernorm = RMSNorm(width, eps)
+        self.mlp = SparseMLP(config) if config.sparse(index) else SwiGLU(width, config.intermediate_size or 0)
+
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], span: Span, layer: int) -> Tensor:
+        """[B, T, W] -> [B, T, W]."""
+        x = x + self.self_attn(self.input_layernorm(x), turn, span, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def run_layers(
+    layers: nn.ModuleList,
+    x: Tensor,
+    cache: KVCache | WindowCache | None,
+    head_dim: int,
+    theta: float,
+    *,
+    window: int | None = None,
+    positions: Tensor | None = None,
+    tap: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x [B, T, W] through causal `layers` after what `cache` holds; also what went into layer `tap`.
+
+    `positions` [B, T] turn the keys; by default they follow the cache. `tap` counts as transformers' tuple of hidden
+    states does: 0 is x itself, k the output of the k-th layer.
+    """
+    span = open_span(cache, x, window)
+    turn = rotary(span.positions if positions is None else positions, head_dim, theta, x.dtype)
+    tapped = x
+    for index, layer in enumerate(layers):
+        x = layer(x, turn, span, index)
+        if tap is not None and index + 1 == tap:
+            tapped = x
+    span.close()
+    return x, tapped
+
+
+class Decoder(nn.Module):
+    """A stack of causal layers and its closing norm: the body of Thinker, Talker and MTP."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def init_state(self, rows: int, capacity: int, device: torch.device, dtype: torch.dtype) -> KVCache:
+        """An empty cache for `rows` conversations of at most `capacity` positions."""
+        c = self.config
+        return KVCache.empty(c.num_hidden_layers, rows, c.num_key_value_heads, c.head_dim, capacity, device, dtype)
+
+    def forward(
+        self, x: Tensor, state: KVCache | None = None, positions: Tensor | None = None, tap: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x [B, T, W] -> normed states [B, T, W] and the states at layer `tap` (post-norm when it is the last)."""
+        c = self.config
+        x, tapped = run_layers(self.layers, x, state, c.head_dim, c.rope_theta, positions=positions, tap=tap)
+        x = self.norm(x)
+        return x, (x if tap == c.num_hidden_layers else tapped)

@@ -1,0 +1,386 @@
+"""The state contract: one code path for a whole sequence and for its pieces.
+
+Every box is a function `box(x, state=None, final=False)`. `None` is the whole sequence at once; with a state the
+same statements run on a piece and the state moves on. This file holds what the boxes share for that: the State
+base class, the two attention caches, causal convolutions, and the buffer of samples that wait for more.
+
+The law, tested for every box over random cuts: `box(x) == cat(box(piece, state) …, last piece final)`.
+
+Shapes: R rows (one conversation each), L layers, H heads, S slots, D head size, B batch, C channels, T time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import repeat
+from typing import Any, Protocol, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from antiphon.errors import CapacityError, WeightsError
+
+CACHE_BLOCK = 256  # slots an attention cache grows by; attention always runs over whole blocks
+
+
+def by_row(dim: int) -> Any:
+    """Declare a State field of tensors whose dimension `dim` is the row."""
+    return field(metadata={"row": dim})
+
+
+@dataclass
+class State:
+    """What a box remembers between pieces: tensors with one row per conversation, changed in place.
+
+    Fields declared with `by_row` hold a tensor or a list of tensors; other fields are sizes shared by all rows.
+    All zeros is the fresh state of every box, so `reset` only has to clear.
+    """
+
+    def _tensors(self) -> Iterator[tuple[str, int, Tensor]]:
+        for f in fields(self):
+            if "row" not in f.metadata:
+                continue
+            value = getattr(self, f.name)
+            items = (
+                [(f.name, value)] if isinstance(value, Tensor) else [(f"{f.name}.{i}", t) for i, t in enumerate(value)]
+            )
+            for name, tensor in items:
+                yield name, f.metadata["row"], tensor
+
+    @property
+    def rows(self) -> int:
+        """Conversations this state holds."""
+        _, dim, tensor = next(self._tensors())
+        return tensor.shape[dim]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for _, _, t in self._tensors())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name, as `save_file` wants it."""
+        return {name: tensor for name, _, tensor in self._tensors()}
+
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        """Forget `rows` (all by default). Zeros, not only lengths: a stale NaN would outlive a mask."""
+        for _, dim, tensor in self._tensors():
+            if rows is None:
+                tensor.zero_()
+            else:
+                tensor.index_fill_(dim, torch.tensor(list(rows), device=tensor.device), 0)
+
+    def copy(self) -> Self:
+        """An independent copy (a fork of the conversation)."""
+        return self._map(lambda tensor, dim: tensor.clone())
+
+    def view(self, start: int, stop: int) -> Self:
+        """Rows `start` to `stop`, sharing memory: stepping the view steps those rows of this state."""
+        return self._map(lambda tensor, dim: tensor.narrow(dim, start, stop - start))
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over saved tensors, in place.
+
+        Raises:
+            WeightsError: a tensor is missing or has another shape.
+        """
+        for name, _, tensor in self._tensors():
+            if name not in tensors or tensors[name].shape != tensor.shape:
+                found = "nothing" if name not in tensors else list(tensors[name].shape)
+                raise WeightsError(f"saved state: {name} should have shape {list(tensor.shape)}, found {found}")
+            tensor.copy_(tensors[name])
+
+    def _map(self, change: Any) -> Self:
+        new = copy.copy(self)
+        for f in fields(self):
+            if "row" in f.metadata:
+                value, dim = getattr(self, f.name), f.metadata["row"]
+                done = change(value, dim) if isinstance(value, Tensor) else [change(t, dim) for t in value]
+                setattr(new, f.name, done)
+        return new
+
+
+# ------------------------------------------------------------------------------------------- attention
+
+
+class Span(Protocol):
+    """The T new steps of one call: where they stand, what they may see, and where their keys go."""
+
+    positions: Tensor  # [R or 1, T] place of each step in its sequence
+    mask: Tensor  # bool [R or 1, 1, T, S], True where a step may look
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep keys and values [R, H, T, D] of `layer`; returns all that the steps attend over [R, H, S, D]."""
+        ...
+
+    def close(self) -> None:
+        """Every layer has stored: the steps are now part of the past."""
+        ...
+
+
+@dataclass
+class WholeSpan:
+    """A whole sequence at once: nothing is kept."""
+
+    positions: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, steps: int, window: int | None, device: torch.device) -> WholeSpan:
+        """Causal span of `steps`, each seeing at most the last `window` steps, itself included."""
+        positions = torch.arange(steps, device=device)[None]
+        return cls(positions, _visible(positions, positions, window))
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Nothing to keep."""
+        return k, v
+
+    def close(self) -> None:
+        """Nothing to move on."""
+
+
+def open_span(cache: KVCache | WindowCache | None, x: Tensor, window: int | None = None) -> Span:
+    """The span of x [B, T, …] after what `cache` holds."""
+    return WholeSpan.of(x.shape[1], window, x.device) if cache is None else cache.span(x.shape[1])
+
+
+def _visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:
+    """Causal mask [R, 1, T, S] of query positions [R, T] over key positions [R, S]."""
+    q, k = query[:, None, :, None], key[:, None, None, :]
+    mask = k <= q
+    return mask if window is None else mask & (k > q - window) & (k >= 0)
+
+
+@dataclass
+class KVCache(State):
+    """Keys and values of everything a row has seen; grows by whole blocks up to `capacity` slots."""
+
+    k: Tensor = by_row(1)  # [L, R, H, S, D]
+    v: Tensor = by_row(1)  # [L, R, H, S, D]
+    length: Tensor = by_row(0)  # [R] slots in use
+    capacity: int = 0
+    filled: int = 0  # longest row, known without asking the device
+
+    @classmethod
+    def empty(
+        cls, layers: int, rows: int, heads: int, head_dim: int, capacity: int, device: torch.device, dtype: torch.dtype
+    ) -> KVCache:
+        """A cache that holds nothing yet."""
+        k = torch.zeros(layers, rows, heads, 0, head_dim, device=device, dtype=dtype)
+        return cls(k, k.clone(), torch.zeros(rows, dtype=torch.long, device=device), capacity)
+
+    def reserve(self, slots: int) -> None:
+        """Make room for `slots` per row.
+
+        Raises:
+            CapacityError: more than `capacity`.
+        """
+        if slots > self.capacity:
+            raise CapacityError(
+                f"the conversation needs {slots} positions and its cache holds {self.capacity}; shorten it"
+            )
+        if slots > self.k.shape[3]:
+            block = -(-slots // CACHE_BLOCK) * CACHE_BLOCK
+            more = min(block, max(self.capacity, slots)) - self.k.shape[3]
+            self.k = F.pad(self.k, (0, 0, 0, more))
+            self.v = F.pad(self.v, (0, 0, 0, more))
+
+    def span(self, steps: int) -> _CacheSpan:
+        """Room for `steps` more per row."""
+        self.reserve(self.filled + steps)
+        return _CacheSpan(self, steps)
+
+    def truncate(self, length: int, row: int = 0) -> None:
+        """Cut `row` back to its first `length` slots."""
+        self.length[row].clamp_(max=length)
+        self.filled = int(self.length.max())
+
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        """Forget `rows`."""
+        super().reset(rows)
+        self.filled = 0 if rows is None else int(self.length.max())
+
+    def view(self, start: int, stop: int) -> KVCache:
+        """Rows sharing memory; a view cannot grow, so reserve on the whole cache first."""
+        new = super().view(start, stop)
+        new.capacity, new.filled = self.k.shape[3], int(new.length.max())
+        return new
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over saved tensors, grown as far as they were."""
+        if "k" in tensors:
+            self.reserve(tensors["k"].shape[3])
+        super().load(tensors)
+        self.filled = int(self.length.max())
+
+
+class _CacheSpan:
+    def __init__(self, cache: KVCache, steps: int) -> None:
+        self.cache, self.steps = cache, steps
+        device = cache.k.device
+        self.positions = cache.length[:, None] + torch.arange(steps, device=device)
+        # whole blocks, so that a row's attention runs over the same number of slots alone and in a batch
+        self.used = min(-(-(cache.filled + steps) // CACHE_BLOCK) * CACHE_BLOCK, cache.k.shape[3])
+        self.mask = _visible(self.positions, torch.arange(self.used, device=device)[None], None)
+        self.index = self.positions[:, None, :, None]
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self.cache.k[layer], self.cache.v[layer]
+        index = self.index.expand_as(k)
+        keys.scatter_(2, index, k)
+        values.scatter_(2, index, v)
+        return keys[:, :, : self.used], values[:, :, : self.used]
+
+    def close(self) -> None:
+        self.cache.length += self.steps
+        self.cache.filled += self.steps
+
+
+@dataclass
+class WindowCache(State):
+    """The last window - 1 keys and values of each layer: all that a sliding window can still see."""
+
+    k: Tensor = by_row(1)  # [L, R, H, window - 1, D]
+    v: Tensor = by_row(1)
+    length: Tensor = by_row(0)  # [R] steps seen
+
+    @classmethod
+    def empty(
+        cls, layers: int, rows: int, heads: int, head_dim: int, window: int, device: torch.device, dtype: torch.dtype
+    ) -> WindowCache:
+        """A cache that has seen nothing yet."""
+        k = torch.zeros(layers, rows, heads, window - 1, head_dim, device=device, dtype=dtype)
+        return cls(k, k.clone(), torch.zeros(rows, dtype=torch.long, device=device))
+
+    def span(self, steps: int) -> _WindowSpan:
+        """The next `steps` steps of every row."""
+        return _WindowSpan(self, steps)
+
+
+class _WindowSpan:
+    def __init__(self, cache: WindowCache, steps: int) -> None:
+        self.cache, self.steps = cache, steps
+        kept = cache.k.shape[3]
+        places = cache.length[:, None] + torch.arange(-kept, steps, device=cache.k.device)
+        self.positions = places[:, kept:]
+        self.mask = _visible(self.positions, places, kept + 1)
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return roll(self.cache.k[layer], k, 2), roll(self.cache.v[layer], v, 2)
+
+    def close(self) -> None:
+        self.cache.length += self.steps
+
+
+# ----------------------------------------------------------------------------------------- convolutions
+
+
+def roll(tail: Tensor, x: Tensor, dim: int = -1) -> Tensor:
+    """`tail` then `x` along `dim`; `tail` becomes the end of the two, in place."""
+    both = torch.cat([tail, x], dim)
+    kept = tail.shape[dim]
+    tail.copy_(both.narrow(dim, both.shape[dim] - kept, kept))
+    return both
+
+
+Tails = Iterator[Tensor | None]  # one per convolution, in the order in which they run
+
+
+class CausalConv1d(nn.Module):
+    """Convolution over x [B, C, T] that sees the present and the past only.
+
+    A strided one takes whole strides; what is missing at the end of a whole sequence is filled with zeros.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(inputs, outputs, kernel, stride=stride, dilation=dilation, groups=groups, bias=bias)
+        self.context = (kernel - 1) * dilation + 1 - stride  # steps of the past in each output
+        self.stride = stride
+
+    def init_tail(self, rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Silence before the first piece [R, C, context]."""
+        return torch.zeros(rows, self.conv.in_channels, self.context, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, tails: Tails) -> Tensor:
+        """[B, C, T] -> [B, C', ceil(T / stride)]."""
+        tail = next(tails)
+        x = F.pad(x, (0, -x.shape[-1] % self.stride))
+        x = F.pad(x, (self.context, 0)) if tail is None else roll(tail, x)
+        return self.conv(x)
+
+
+class CausalTransposedConv1d(nn.Module):
+    """Upsampling by `stride`, cropped on the right only: T steps give exactly T * stride, none of them waits.
+
+    The published Code2Wav crops both sides and so looks one frame ahead (facts 5.4); this is the strictly causal
+    decoder it approximates.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.ConvTranspose1d(inputs, outputs, kernel, stride=stride)
+        self.context = -(-kernel // stride) - 1  # earlier steps whose kernels still ring
+        self.stride = stride
+
+    def init_tail(self, rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Silence before the first piece [R, C, context]."""
+        return torch.zeros(rows, self.conv.in_channels, self.context, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, tails: Tails) -> Tensor:
+        """[B, C, T] -> [B, C', T * stride]."""
+        tail, steps = next(tails), x.shape[-1]
+        if self.context:
+            x = F.pad(x, (self.context, 0)) if tail is None else roll(tail, x)
+        return self.conv(x)[..., self.context * self.stride :][..., : steps * self.stride]
+
+
+def conv_tails(module: nn.Module, rows: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """A fresh tail for every causal convolution in `module`, in the order in which they are registered and run."""
+    convolutions = (m for m in module.modules() if isinstance(m, CausalConv1d | CausalTransposedConv1d))
+    return [m.init_tail(rows, device, dtype) for m in convolutions]
+
+
+def tails_of(tails: Sequence[Tensor] | None) -> Tails:
+    """The tails in running order, or None for each convolution of a whole sequence."""
+    return repeat(None) if tails is None else iter(tails)
+
+
+# ---------------------------------------------------------------------------------------------- waiting
+
+
+def in_step(count: Tensor) -> int:
+    """The count that all rows share.
+
+    Raises:
+        CapacityError: rows of one call are at different places; step them one `view` at a time.
+    """
+    first = int(count[0])
+    if count.numel() > 1 and not bool((count == first).all()):
+        raise CapacityError("these rows are at different places in their streams; step them one state.view at a time")
+    return first
+
+
+def take(held: Tensor, count: Tensor, x: Tensor) -> Tensor:
+    """What waited (the first `count` of held [R, N, …]) followed by x [R, T, …]."""
+    waiting = in_step(count)
+    return torch.cat([held[:, :waiting], x], 1) if waiting else x
+
+
+def keep(held: Tensor, count: Tensor, rest: Tensor) -> None:
+    """Let rest [R, n, …] wait for the next piece."""
+    held[:, : rest.shape[1]] = rest
+    count.fill_(rest.shape[1])
