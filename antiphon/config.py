@@ -319,6 +319,11 @@ class CodecConfig:
             raise ConfigError(f"{where}.num_semantic_quantizers must be below num_quantizers = {self.num_quantizers}")
         if min(self.upsampling_ratios, default=0) < 1:
             raise ConfigError(f"{where}.upsampling_ratios must be a list of numbers above zero")
+        _equal(f"{where}.audio_channels", self.audio_channels, "mono", 1)
+        codebook = self.vector_quantization_hidden_dimension
+        _equal(f"{where}.codebook_dim", self.codebook_dim, "vector_quantization_hidden_dimension", codebook)
+        if self.head_dim % 2:
+            raise ConfigError(f"{where}.head_dim is {self.head_dim}; rotary positions need an even number")
 
 
 @dataclass(frozen=True)
@@ -566,8 +571,9 @@ def parse_codec_config(data: Mapping[str, Any]) -> CodecConfig:
     values = s.keys_of(CodecConfig, *(n for n in CodecConfig.__annotations__ if n not in derived))
     hop = math.prod(values["upsampling_ratios"])
     stride = s.optional("latent_stride")
-    if stride is None:  # Mimi states the frame rate instead
-        stride = max(round(values["sampling_rate"] / hop / s.get("frame_rate", "_frame_rate", kind=float)), 1)
+    if stride is None:  # Mimi states the frame rate instead, or null where its downsampler halves the rate
+        rate = s.optional("frame_rate", "_frame_rate", kind=float)
+        stride = max(round(values["sampling_rate"] / max(hop, 1) / rate), 1) if rate else 2
     config = CodecConfig(
         **values,
         head_dim=s.optional("head_dim") or values["hidden_size"] // max(values["num_attention_heads"], 1),

@@ -1,0 +1,177 @@
+"""Code2Wav: 16 codes a frame -> 80 ms of sound, from left context only.
+
+Codes are embedded and averaged, pass a small causal transformer with a sliding window, are upsampled twice and then
+run through a convolutional decoder with SnakeBeta activations (facts 5.3). Everything is causal and transposed
+convolutions are cropped on the right only, so frame n gives exactly its samples and needs no frame after it.
+
+Shapes: R rows, T frames, Q codebooks, C channels, W width; inside the convolutions tensors are [R, C, time].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from antiphon.config import Code2WavConfig
+from antiphon.layers import Attention, LayerScale, RMSNorm, SwiGLU, run_layers
+from antiphon.streaming import (
+    CausalConv1d,
+    CausalTransposedConv1d,
+    Span,
+    Tails,
+    WindowCache,
+    by_row,
+    conv_tails,
+    tails_of,
+)
+
+DILATIONS = (1, 3, 9)
+
+
+class SnakeBeta(nn.Module):
+    """x + sin²(αx) / β per channel, both stored as logarithms."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.zeros(channels))
+        self.beta = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[R, C, T] -> [R, C, T]."""
+        alpha, beta = self.alpha.exp()[:, None], self.beta.exp()[:, None]
+        return torch.addcmul(x, (x * alpha).sin().square(), 1 / (beta + 1e-9))
+
+
+class WindowLayer(nn.Module):
+    """Transformer layer whose branches start small."""
+
+    def __init__(self, config: Code2WavConfig) -> None:
+        super().__init__()
+        width, scale = config.hidden_size, config.layer_scale_initial_scale
+        heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        self.self_attn = Attention(width, *heads, bias=config.attention_bias)
+        self.mlp = SwiGLU(width, config.intermediate_size)
+        self.input_layernorm = RMSNorm(width, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(width, config.rms_norm_eps)
+        self.self_attn_layer_scale = LayerScale(width, scale)
+        self.mlp_layer_scale = LayerScale(width, scale)
+
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], span: Span, layer: int) -> Tensor:
+        """[R, T, W] -> [R, T, W]."""
+        x = x + self.self_attn_layer_scale(self.self_attn(self.input_layernorm(x), turn, span, layer))
+        return x + self.mlp_layer_scale(self.mlp(self.post_attention_layernorm(x)))
+
+
+class WindowTransformer(nn.Module):
+    """Causal transformer that sees the last `sliding_window` frames."""
+
+    def __init__(self, config: Code2WavConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(WindowLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cache: WindowCache | None) -> Tensor:
+        """[R, T, W] -> [R, T, W]."""
+        c = self.config
+        return self.norm(run_layers(self.layers, x, cache, c.head_dim, c.rope_theta, window=c.sliding_window)[0])
+
+
+class ConvNeXtBlock(nn.Module):
+    """Depthwise causal convolution, then a feed-forward block on each step."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dwconv = CausalConv1d(dim, dim, 7, groups=dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pwconv1 = nn.Linear(dim, 4 * dim)
+        self.pwconv2 = nn.Linear(4 * dim, dim)
+        self.gamma = nn.Parameter(torch.full((dim,), 1e-6))
+
+    def forward(self, x: Tensor, tails: Tails) -> Tensor:
+        """[R, C, T] -> [R, C, T]."""
+        y = self.norm(self.dwconv(x, tails).transpose(1, 2))
+        return x + (self.gamma * self.pwconv2(F.gelu(self.pwconv1(y)))).transpose(1, 2)
+
+
+class ResidualUnit(nn.Module):
+    """Dilated convolution between two activations, added to its input."""
+
+    def __init__(self, dim: int, dilation: int) -> None:
+        super().__init__()
+        self.act1 = SnakeBeta(dim)
+        self.conv1 = CausalConv1d(dim, dim, 7, dilation=dilation)
+        self.act2 = SnakeBeta(dim)
+        self.conv2 = CausalConv1d(dim, dim, 1)
+
+    def forward(self, x: Tensor, tails: Tails) -> Tensor:
+        """[R, C, T] -> [R, C, T]."""
+        return x + self.conv2(self.act2(self.conv1(self.act1(x), tails)), tails)
+
+
+class DecoderBlock(nn.Module):
+    """Upsampling by `rate`, then three residual units; channels halve."""
+
+    def __init__(self, inputs: int, outputs: int, rate: int) -> None:
+        super().__init__()
+        units = [ResidualUnit(outputs, dilation) for dilation in DILATIONS]
+        up = CausalTransposedConv1d(inputs, outputs, 2 * rate, rate)
+        self.block = nn.ModuleList([SnakeBeta(inputs), up, *units])
+
+    def forward(self, x: Tensor, tails: Tails) -> Tensor:
+        """[R, C, T] -> [R, C / 2, T * rate]."""
+        return run_convolutions(self.block, x, tails)
+
+
+def run_convolutions(modules: nn.ModuleList, x: Tensor, tails: Tails) -> Tensor:
+    """x through `modules` in order; those that look back take their tail."""
+    for module in modules:
+        x = module(x) if isinstance(module, SnakeBeta) else module(x, tails)
+    return x
+
+
+@dataclass
+class Code2WavState(WindowCache):
+    """The transformer's window and the tail of every convolution: a fixed size, however long the answer."""
+
+    tails: list[Tensor] = by_row(0)  # [R, C, context] each, in running order
+
+
+class Code2Wav(nn.Module):
+    """The decoder from codes to waveform."""
+
+    def __init__(self, config: Code2WavConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self.code_embedding = nn.Embedding(c.codebook_size * c.num_quantizers, c.hidden_size)
+        self.pre_transformer = WindowTransformer(c)
+        self.upsample = nn.ModuleList(
+            nn.ModuleList([CausalTransposedConv1d(c.hidden_size, c.hidden_size, r, r), ConvNeXtBlock(c.hidden_size)])
+            for r in c.upsampling_ratios
+        )
+        widths = [c.decoder_dim // 2**i for i in range(len(c.upsample_rates) + 1)]
+        blocks = [DecoderBlock(widths[i], widths[i + 1], rate) for i, rate in enumerate(c.upsample_rates)]
+        first, last = CausalConv1d(c.hidden_size, c.decoder_dim, 7), CausalConv1d(widths[-1], 1, 7)
+        self.decoder = nn.ModuleList([first, *blocks, SnakeBeta(widths[-1]), last])
+
+    def init_state(self, rows: int, device: torch.device, dtype: torch.dtype) -> Code2WavState:
+        """Silence before the first frame."""
+        c = self.config
+        heads = (c.num_key_value_heads, c.head_dim, c.sliding_window)
+        cache = WindowCache.empty(c.num_hidden_layers, rows, *heads, device, dtype)
+        return Code2WavState(cache.k, cache.v, cache.length, conv_tails(self, rows, device, dtype))
+
+    def forward(self, codes: Tensor, state: Code2WavState | None = None, final: bool = False) -> Tensor:
+        """Codes [R, T, Q] -> waveform [R, T * frame samples] in [-1, 1]."""
+        c = self.config
+        offsets = torch.arange(c.num_quantizers, device=codes.device) * c.codebook_size
+        x = self.code_embedding(codes + offsets).mean(2)
+        x = self.pre_transformer(x, state).transpose(1, 2)
+        tails = tails_of(None if state is None else state.tails)
+        for stage in self.upsample:
+            if isinstance(stage, nn.ModuleList):
+                x = run_convolutions(stage, x, tails)
+        return run_convolutions(self.decoder, x, tails)[:, 0].clamp(-1, 1)

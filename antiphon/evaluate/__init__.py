@@ -1,0 +1,1 @@
+"""Whether a checkpoint computes and says what it should."""

@@ -1,0 +1,358 @@
+"""Every stage of one greedy answer, by Antiphon and by the installed transformers, and the differences between them.
+
+Stages (all float32 or int64; T prompt positions, n text tokens, M frames, Q codebooks):
+
+    mel             [F, frames]  normalised log-mel of the clip(s), side by side
+    audio_features  [tokens, U]  AuT's output
+    prompt_ids      [T]          the Thinker's prompt
+    thinker_hidden  [T, U]       the accept layer's states over the prompt
+    thinker_logits  [n, V]       raw scores of each generated token
+    text_ids        [n]          generated tokens, the closing one included
+    talker_inputs   [P, W]       the Talker's prefill
+    talker_logits   [M, C]       raw scores of codebook 0, before suppression and penalty
+    codes           [M, Q]
+    waveform        [M * 1920]   against the exact oracle of facts 5.4: transposed convolutions cropped on the right only
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from antiphon.audio import Resampler, Samples, normalize
+from antiphon.errors import InputError, WeightsError
+from antiphon.generate import Omni, Options, Session, collect, load
+from antiphon.sampling import GREEDY, Sampling
+from antiphon.tokenizer import byte_tokenizer
+from antiphon.weights import read_header, read_safetensors, write_safetensors
+
+STAGES = (
+    "mel",
+    "audio_features",
+    "prompt_ids",
+    "thinker_hidden",
+    "thinker_logits",
+    "text_ids",
+    "talker_inputs",
+    "talker_logits",
+    "codes",
+    "waveform",
+)
+# largest difference over largest value; ids and codes must be identical in float32 and may differ in a narrow type
+TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is said to the model and how it answers, greedily.
+
+    A turn is a list of parts, text or (samples, rate); user and assistant take turns, the user first and last, and
+    assistant turns are one text.
+    """
+
+    turns: Sequence[Sequence[str | tuple[Samples, int]]]
+    system: str | None = None
+    voice: str | None = None
+    max_text_tokens: int = 12
+    max_frames: int = 12
+    repetition_penalty: float = 1.05
+    window: int | None = None
+
+    @property
+    def options(self) -> Options:
+        """Greedy options; every token is spoken, as in the release."""
+        speech = Sampling(0.0, repetition_penalty=self.repetition_penalty)
+        limits = {"max_text_tokens": self.max_text_tokens, "max_frames": self.max_frames}
+        return Options(voice=self.voice, speech=speech, residual=GREEDY, text=GREEDY, verbatim=True, **limits)
+
+
+def default_case(model: Omni) -> Case:
+    """A clip of 3.3 s (rising tone over noise, a pause in it) and a question."""
+    rate = model.config.audio.mel.sample_rate
+    t = np.arange(int(3.3 * rate)) / rate
+    noise = np.random.default_rng(0).standard_normal(len(t))
+    sound = 0.3 * np.sin(2 * np.pi * (200 + 400 * t) * t) + 0.02 * noise
+    sound[int(1.5 * rate) : int(2.0 * rate)] *= 0.01
+    return Case([[(sound.astype(np.float32), rate), "What did you hear?"]])
+
+
+# ------------------------------------------------------------------------------------------------- ours
+
+
+def trace(model: Omni, case: Case) -> dict[str, Tensor]:
+    """All stages as Antiphon computes them."""
+    record: dict[str, list[Tensor]] = {}
+    session = Session(model, case.system, window=case.window, record=record)
+    for i, parts in enumerate(case.turns):
+        if i % 2:
+            session.append_message({"role": "assistant", "content": parts[0]})
+            continue
+        for part in parts:
+            session.append_text(part) if isinstance(part, str) else session.append_clip(*part)
+        session.commit()
+    options = case.options if model.speech is not None else replace(case.options, audio=False)
+    collect(session.respond(options))
+    stages = {name: torch.cat(parts) for name, parts in record.items() if name != "mel"}
+    if "mel" in record:
+        mels = [normalize(mel, mel.amax()).T for mel in record["mel"]]
+        stages["mel"] = torch.cat(mels, 1)
+    return {name: _plain(stages[name]) for name in STAGES if name in stages}
+
+
+def _plain(x: Tensor) -> Tensor:
+    x = x.detach().cpu()
+    return (x.float() if x.is_floating_point() else x.long()).contiguous()
+
+
+# ----------------------------------------------------------------------------------------- transformers
+
+
+def reference(
+    folder: Path, case: Case, prompt_ids: Tensor, spoken_tokens: int, voice: str | None, dtype: torch.dtype, device: str
+) -> dict[str, Tensor]:
+    """The same stages from the installed transformers, which reads `prompt_ids`.
+
+    Raises:
+        InputError: transformers is not installed.
+    """
+    with _quiet():
+        model = _transformers_model(folder, dtype, device)
+        clips = [part for turn in case.turns for part in turn if not isinstance(part, str)]
+        inputs, stages = _features(model, clips)
+        talks = voice is not None and spoken_tokens > 0
+        outputs = _generate(model, case, prompt_ids.to(device), inputs, voice if talks else None)
+        thinker, talker_inputs, talker = outputs
+        layer = model.config.talker_config.accept_hidden_layer if model.has_talker else 0
+        stages["prompt_ids"] = prompt_ids
+        stages["thinker_hidden"] = thinker.hidden_states[0][layer][0] if model.has_talker else _embeddings(thinker)
+        stages["thinker_logits"] = torch.cat(thinker.logits)
+        stages["text_ids"] = thinker.sequences[0, len(prompt_ids) :]
+        if talker is not None:
+            codes = [hidden[-1][0] for hidden in talker.hidden_states if hidden[-1] is not None]
+            stages["talker_inputs"] = talker_inputs[0]
+            stages["talker_logits"] = torch.cat(talker.logits)[: len(codes)]
+            stages["codes"] = torch.stack(codes)
+            stages["waveform"] = _causal_decoder(model)(stages["codes"].T[None])[0, 0]
+        return {name: _plain(stages[name]) for name in STAGES if name in stages}
+
+
+def _transformers_model(folder: Path, dtype: torch.dtype, device: str) -> Any:
+    try:
+        from transformers import Qwen3OmniMoeConfig, Qwen3OmniMoeForConditionalGeneration  # noqa: PLC0415
+    except ImportError:
+        raise InputError("comparing needs transformers; install it with: pip install 'antiphon[verify]'") from None
+    config = Qwen3OmniMoeConfig.from_pretrained(folder)
+    names = {name for path in folder.glob("*.safetensors") for name in read_header(path)}
+    if not any(
+        name.startswith("thinker.visual.") for name in names
+    ):  # a checkpoint without a vision tower: make a stub
+        vision = config.thinker_config.vision_config
+        vision.depth, vision.hidden_size, vision.intermediate_size, vision.num_heads = 1, 32, 32, 2
+        vision.deepstack_visual_indexes, vision.num_position_embeddings, vision.patch_size = [0], 16, 4
+        vision.out_hidden_size = config.thinker_config.text_config.hidden_size
+    model = Qwen3OmniMoeForConditionalGeneration.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        experts_implementation="eager",
+        device_map=device if device != "cpu" else None,
+    )
+    return model.eval()
+
+
+def _features(model: Any, clips: Sequence[tuple[Samples, int]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Generation inputs for the clips and the stages mel and audio_features, every clip on its own (facts 2.2)."""
+    if not clips:
+        return {}, {}
+    from transformers import WhisperFeatureExtractor  # noqa: PLC0415
+
+    extract = WhisperFeatureExtractor(feature_size=model.config.thinker_config.audio_config.num_mel_bins)
+    rate = extract.sampling_rate
+    mels = []
+    for samples, source_rate in clips:
+        wave = Resampler(source_rate, rate)(torch.from_numpy(samples)[None])[0].numpy()
+        mel = extract(wave, sampling_rate=rate, padding=True, truncation=False, return_tensors="pt").input_features[0]
+        mels.append(mel[:, : len(wave) // rate * 100 + len(wave) % rate // extract.hop_length])
+    tower = model.thinker.model.audio_tower
+    with torch.no_grad():
+        lengths = [torch.tensor([mel.shape[1]], device=model.device) for mel in mels]
+        clips_out = [tower(m.to(model.device), feature_lens=n) for m, n in zip(mels, lengths, strict=True)]
+    features = torch.cat([out.last_hidden_state for out in clips_out])
+    out = clips_out[0]
+    out.last_hidden_state = features
+    model.thinker.model.get_audio_features = lambda *args, **kwargs: out  # one call would pad clips to the longest
+    longest = max(mel.shape[1] for mel in mels)
+    padded = torch.stack([torch.nn.functional.pad(mel, (0, longest - mel.shape[1])) for mel in mels])
+    mask = torch.stack([(torch.arange(longest) < mel.shape[1]).long() for mel in mels])
+    inputs = {"input_features": padded.to(model.device), "feature_attention_mask": mask.to(model.device)}
+    return inputs, {"mel": torch.cat(mels, 1), "audio_features": features}
+
+
+def _generate(
+    model: Any, case: Case, ids: Tensor, inputs: dict[str, Tensor], voice: str | None
+) -> tuple[Any, Any, Any]:
+    """transformers' own generate(), with what passes between its stages caught on the way."""
+    caught: dict[str, Any] = {}
+
+    def catching(name: str, generate: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            caught[name + "_inputs"] = kwargs.get("inputs_embeds")
+            caught[name] = generate(*args, **kwargs)
+            return caught[name]
+
+        return run
+
+    model.thinker.generate = catching("thinker", model.thinker.generate)
+    thinker = {"max_new_tokens": case.max_text_tokens, "do_sample": False, "output_logits": True}
+    common = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None]), **inputs}
+    if voice is None:
+        more = {
+            "output_hidden_states": True,
+            "return_dict_in_generate": True,
+            "eos_token_id": model.config.im_end_token_id,
+        }
+        model.thinker.generate(**common, **thinker, **more)
+        return caught["thinker"], None, None
+    model.talker.generate = catching("talker", model.talker.generate)
+    model.generate(
+        **common,
+        **{f"thinker_{name}": value for name, value in thinker.items()},
+        thinker_eos_token_id=model.config.im_end_token_id,
+        speaker=voice,
+        talker_do_sample=False,
+        talker_max_new_tokens=case.max_frames + 1,
+        talker_repetition_penalty=case.repetition_penalty,
+        talker_output_logits=True,
+    )
+    return caught["thinker"], caught["talker_inputs"], caught["talker"]
+
+
+def _embeddings(thinker: Any) -> Tensor:
+    return thinker.hidden_states[0][0][0]
+
+
+def _causal_decoder(model: Any) -> Any:
+    """transformers' Code2Wav as the exact oracle: transposed convolutions keep their left edge (facts 5.4)."""
+    for module in model.code2wav.modules():
+        if hasattr(module, "left_pad"):
+            module.left_pad = 0
+    return torch.no_grad()(model.code2wav)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    import warnings  # noqa: PLC0415
+
+    try:
+        from transformers.utils import logging  # noqa: PLC0415
+    except ImportError:
+        yield
+        return
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    logging.set_verbosity(level)
+
+
+# ------------------------------------------------------------------------------------------- comparison
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one stage is from the reference."""
+
+    stage: str
+    shape: tuple[int, ...]
+    difference: float  # largest, over the reference's largest value; for ids the share that differs
+    tolerance: float
+    note: str = ""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether it is within tolerance."""
+        return self.difference <= self.tolerance and not self.note
+
+
+def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor], dtype: torch.dtype) -> list[Difference]:
+    """Stage by stage; a stage that one side lacks, or of another shape, disagrees."""
+    rows = []
+    for stage in STAGES:
+        if stage not in ours and stage not in theirs:
+            continue
+        a, b = ours.get(stage), theirs.get(stage)
+        if a is None or b is None:
+            missing = "antiphon" if a is None else "the reference"
+            rows.append(Difference(stage, (), float("inf"), 0.0, f"missing in {missing}"))
+        elif a.shape != b.shape:
+            rows.append(Difference(stage, tuple(a.shape), float("inf"), 0.0, f"reference has {list(b.shape)}"))
+        else:
+            rows.append(_difference(stage, a, b, dtype))
+    return rows
+
+
+def _difference(stage: str, a: Tensor, b: Tensor, dtype: torch.dtype) -> Difference:
+    if not a.is_floating_point():
+        share = float((a != b).double().mean()) if a.numel() else 0.0
+        return Difference(stage, tuple(a.shape), share, 0.0)
+    # the front end is computed in float32 whatever the weights are
+    tolerance = TOLERANCES[torch.float32 if stage == "mel" else dtype]
+    largest = float(b.abs().max()) if b.numel() else 0.0
+    gap = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
+    return Difference(stage, tuple(a.shape), gap / largest if largest else gap, tolerance)
+
+
+def verify(
+    folder: Path,
+    case: Case | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    golden: Path | None = None,
+    write_golden: Path | None = None,
+) -> tuple[list[Difference], dict[str, Tensor], torch.dtype]:
+    """Compare a checkpoint with transformers, or with the `golden` file that an earlier comparison wrote.
+
+    One model is in memory at a time, so that 70 GB fit where they fit once.
+
+    Raises:
+        AntiphonError: the checkpoint or the golden file cannot be used, or transformers is missing.
+    """
+    model = load(folder, device, dtype)
+    ensure_tokenizer(model)
+    case, dtype = case or default_case(model), model.dtype
+    case = replace(case, voice=case.voice or next(iter(model.voices), None))
+    ours, voice, im_end = trace(model, case), case.voice, model.config.im_end_token_id
+    del model
+    gc.collect()
+    if golden is not None:
+        theirs = read_safetensors(golden)
+        if not set(theirs) <= set(STAGES):
+            raise WeightsError(f"{golden} is not a golden file; write one with --write-golden")
+    else:
+        said = int((ours["text_ids"] != im_end).sum())
+        spoken = said if ours["text_ids"][-1] == im_end else said - 1
+        theirs = reference(folder, case, ours["prompt_ids"], spoken, voice, dtype, device)
+    if write_golden is not None:
+        write_safetensors(write_golden, theirs)
+    return compare(ours, theirs, dtype), ours, dtype
+
+
+def ensure_tokenizer(model: Omni) -> bool:
+    """Let bytes stand in for tokens where a checkpoint has no tokenizer; whether they do."""
+    try:
+        model.tokenizer  # noqa: B018
+    except InputError:
+        model.tokenizer = byte_tokenizer(model.config)
+        return True
+    return False

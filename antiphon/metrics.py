@@ -1,0 +1,59 @@
+"""Time spent in the named phases of a turn, and histograms of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Histogram:
+    """Every value seen, for exact percentiles of runs of ordinary length."""
+
+    values: list[float] = field(default_factory=list)
+
+    def add(self, value: float) -> None:
+        """Note one value."""
+        self.values.append(value)
+
+    @property
+    def total(self) -> float:
+        """Sum of all values."""
+        return math.fsum(self.values)
+
+    def percentile(self, q: float) -> float:
+        """The value that q percent of the others do not exceed; nan when there is none."""
+        if not self.values:
+            return math.nan
+        ordered = sorted(self.values)
+        return ordered[min(math.ceil(q / 100 * len(ordered)), len(ordered)) - 1 if q > 0 else 0]
+
+
+class Phases:
+    """Stopwatch of one turn: seconds by phase, and marks on the turn's clock."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.phases: dict[str, Histogram] = {}
+        self.marks: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Time a block as one run of phase `name`."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.phases.setdefault(name, Histogram()).add(time.perf_counter() - begin)
+
+    def mark(self, name: str) -> None:
+        """Note when `name` first happened, in seconds since the turn began."""
+        self.marks.setdefault(name, time.perf_counter() - self.start)
+
+    def summary(self) -> dict[str, float]:
+        """Seconds: total of every phase, every mark, and the whole turn."""
+        self.mark("total")
+        return {name: h.total for name, h in self.phases.items()} | self.marks

@@ -1,0 +1,157 @@
+"""From scores to ids: penalty, suppression, temperature, top-k, top-p and a draw without a random generator.
+
+The noise of a draw is a pure function of (seed, turn, frame, codebook, id), so a conversation can be cut back, forked,
+saved or moved to another batch row or machine, and it goes on exactly as it would have.
+
+Shapes: B rows, V ids.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from antiphon.errors import InputError
+
+THINKER_CODEBOOK = -1  # the Thinker's draws share a noise key with the Talker's but for this codebook
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How ids are drawn.
+
+    Raises:
+        InputError: a value that has no meaning.
+    """
+
+    temperature: float  # 0 is greedy: the best id, without noise
+    top_k: int = 0  # ids that may be drawn, 0 for all
+    top_p: float = 1.0  # probability that the ids which may be drawn have to reach together
+    repetition_penalty: float = 1.0  # above 1 disfavours ids drawn before, greedy or not
+
+    def __post_init__(self) -> None:
+        if self.temperature != 0 and not 1e-6 <= self.temperature < math.inf:  # below, float32 scores overflow
+            raise InputError(f"temperature is {self.temperature}; expected 0 (greedy) or at least 1e-6")
+        if self.top_k < 0:
+            raise InputError(f"top_k is {self.top_k}; expected a number of ids, or 0 for all")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p is {self.top_p}; expected a probability above 0 and up to 1")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise InputError(f"repetition_penalty is {self.repetition_penalty}; expected a number above 0")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the best id is taken without a draw."""
+        return self.temperature == 0
+
+
+GREEDY = Sampling(0.0)
+THINKER = GREEDY
+TALKER = Sampling(0.9, 50, 1.0, 1.05)  # the release's generation defaults (facts 4.2)
+MTP = Sampling(1.0, 50, 0.8)
+
+
+class NoiseKey(NamedTuple):
+    """What the noise of a draw depends on besides the id; a tensor [B] of int64 gives each row its own."""
+
+    seed: int | Tensor
+    turn: int | Tensor
+    frame: int | Tensor
+    codebook: int
+
+
+def choose(
+    logits: Tensor,
+    sampling: Sampling,
+    noise: NoiseKey | None = None,
+    seen: Tensor | None = None,
+    suppress: Tensor | None = None,
+) -> Tensor:
+    """One id per row [B], int64. A row gets the same id in any batch.
+
+    The order is that of transformers' logits processors: penalty, suppression, temperature, top-k, top-p, draw.
+
+    Args:
+        logits: scores [B, V]; below float32 they are computed with in float32, above in their own type.
+        sampling: how to draw.
+        noise: names the draw; needed unless greedy.
+        seen: True at the ids drawn before, bool [B, V].
+        suppress: True at the ids never to be drawn, bool [V].
+    """
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if seen is not None and sampling.repetition_penalty != 1:
+        penalty = sampling.repetition_penalty
+        scores = torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+    if suppress is not None:
+        scores = scores.masked_fill(suppress, -math.inf)
+    if sampling.greedy:
+        return scores.argmax(-1)
+    if noise is None:
+        raise ValueError("a draw that is not greedy needs a NoiseKey")
+    scores = filtered(scores / sampling.temperature, sampling)
+    return (scores + gumbel(noise, scores.shape[-1], scores.device)).argmax(-1)
+
+
+def filtered(scores: Tensor, sampling: Sampling) -> Tensor:
+    """Scores [B, V] with -inf at the ids outside top-k and then top-p; ids of equal score stay or go together."""
+    size = scores.shape[-1]
+    if sampling.top_k == 0 and sampling.top_p == 1:
+        return scores
+    best = scores.topk(min(sampling.top_k or size, size)).values  # [B, K], best first
+    scores = scores.masked_fill(scores < best[:, -1:], -math.inf)
+    if sampling.top_p == 1:
+        return scores
+    # float64, so that where the sum reaches top_p does not hang on the order of summation
+    probability = (best.double() - scores.double().logsumexp(-1, keepdim=True)).exp()
+    better = F.pad(probability.cumsum(-1)[:, :-1], (1, 0))  # probability of all ids before this one; 0 at the best
+    floor = best.masked_fill(better >= sampling.top_p, math.inf).amin(-1, keepdim=True)
+    return scores.masked_fill(scores < floor, -math.inf)
+
+
+# ---------------------------------------------------------------------------------------------- noise
+
+_STEP = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: consecutive multiples spread over all 64 bits
+
+
+def gumbel(noise: NoiseKey, size: int, device: torch.device | str) -> Tensor:
+    """Standard Gumbel noise [B, V = size], or [1, V] if no part of the key is a tensor; float64.
+
+    `argmax(log p + gumbel)` is a draw from p. The integers below it are the same on every device; float32's
+    precision is kept of the logarithms, so that their last bits, which are not, do not show.
+    """
+    return -(-uniform(noise, size, device).log()).log().float().double()
+
+
+def uniform(noise: NoiseKey, size: int, device: torch.device | str) -> Tensor:
+    """Numbers above 0 and below 1 [B or 1, V = size], float64, a multiple of 2^-53 each: the same on every device."""
+    state = torch.full((1, 1), 0, dtype=torch.int64, device=device)
+    for part in noise:
+        step = (
+            _signed((part + 1) * _STEP) if isinstance(part, int) else (part.to(device).view(-1, 1) + 1) * _signed(_STEP)
+        )
+        state = _mix(state + step)
+    ids = torch.arange(1, size + 1, device=device)
+    bits = _logical_shift(_mix(state + ids * _signed(_STEP)), 12)  # 52, so that adding a half is exact
+    return (bits.double() + 0.5) * 2.0**-52
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Bijection of 64-bit integers whose every output bit depends on every input bit (splitmix64's finaliser)."""
+    x = (x ^ _logical_shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _logical_shift(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _logical_shift(x, 31)
+
+
+def _logical_shift(x: Tensor, by: int) -> Tensor:
+    # torch's shift of int64 drags the sign along
+    return (x >> by) & ((1 << (64 - by)) - 1)
+
+
+def _signed(n: int) -> int:
+    """`n` modulo 2^64 as int64 holds it: integer arithmetic in torch wraps around, Python's does not."""
+    return (n + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -1,0 +1,340 @@
+"""Text as token ids, the chat template, tool calls: the one file that knows how a conversation is spelled.
+
+Qwen's tokenizer is a byte-level BPE: a token is a run of bytes, and a character may be split over several tokens.
+The template is ChatML, written as ids and not as text, so that nothing a user types can close a turn:
+
+    <|im_start|>user\\n<|audio_start|><|audio_pad|>…<|audio_end|>text<|im_end|>\\n<|im_start|>assistant\\n
+
+The wording of the tool section is a wire format: what Qwen3 was trained on, to the letter (Qwen3's chat template).
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+
+from antiphon.config import OmniConfig, read_json
+from antiphon.errors import InputError
+
+# Contractions, words with the mark before them, single digits, punctuation with its line ends, line ends, spaces.
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+BPE_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
+SPELLING = {  # how Qwen3-Omni spells the ids that the template takes from the config
+    "im_start_token_id": "<|im_start|>",
+    "im_end_token_id": "<|im_end|>",
+    "system_token_id": "system",
+    "user_token_id": "user",
+    "assistant_token_id": "assistant",
+    "audio_token_id": "<|audio_pad|>",
+    "audio_start_token_id": "<|audio_start|>",
+}
+TOOLS_BEFORE = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
+)
+TOOLS_AFTER = (
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
+    '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n'
+    "</tool_call>"
+)
+
+
+class Tokenizer:
+    """Text to ids and back. Ids are those of the Thinker's vocabulary.
+
+    Raises:
+        InputError: the tokenizer does not belong to `config`, or no id is known for the end of audio.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, config: OmniConfig) -> None:
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = True  # "<|im_end|>" typed by a user is plain text
+        self.backend, self.config = backend, config
+        for name, spelling in SPELLING.items():
+            if backend.token_to_id(spelling) not in (None, getattr(config, name)):
+                raise InputError(
+                    f"config.json has {name} = {getattr(config, name)}, but the tokenizer has {spelling} = "
+                    f"{backend.token_to_id(spelling)}; use the tokenizer files of this checkpoint"
+                )
+        audio_end = config.audio_end_token_id
+        audio_end = backend.token_to_id("<|audio_end|>") if audio_end is None else audio_end
+        if audio_end is None:
+            raise InputError(
+                "neither audio_end_token_id in config.json nor a token <|audio_end|> says where audio ends"
+            )
+        self.audio_end_token_id: int = audio_end
+        self.roles = {role: getattr(config, f"{role}_token_id") for role in ("system", "user", "assistant")}
+        self._added = backend.get_added_tokens_decoder()
+        self._bytes = _byte_alphabet()
+        by_byte = sorted(self._bytes, key=self._bytes.__getitem__)
+        self._byte_ids = [i for char in by_byte if (i := backend.token_to_id(char)) is not None]
+        if len(self._byte_ids) < 256:
+            raise InputError("the tokenizer is not a byte-level one, as Qwen's are: it has no token for every byte")
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, config: OmniConfig) -> Tokenizer:
+        """The tokenizer of a checkpoint: `tokenizer.json`, or the three files of the release (BPE_FILES).
+
+        Raises:
+            InputError: no tokenizer files, unreadable ones, or those of another model.
+        """
+        folder = Path(folder)
+        try:
+            if (folder / "tokenizer.json").is_file():
+                return cls(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), config)
+            if all((folder / name).is_file() for name in BPE_FILES):
+                return cls(_qwen_bpe(folder), config)
+        except InputError:
+            raise
+        except Exception as error:  # the tokenizers library raises nothing narrower
+            raise InputError(f"the tokenizer in {folder} cannot be read: {error}") from error
+        raise InputError(f"{folder} has no tokenizer; expected tokenizer.json, or {', '.join(BPE_FILES)}")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`. Control tokens in it stay plain text; `<tool_call>` and its kind are single tokens.
+
+        Raises:
+            InputError: `text` is not Unicode text (half a surrogate pair).
+        """
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            raise InputError(f"cannot tokenise {text[:40]!r}: it is not valid Unicode text") from None
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """Ids of UTF-8 bytes; bytes that are only a part of a character become one token each."""
+        try:
+            return self.encode(data.decode())
+        except UnicodeDecodeError:
+            return [self._byte_ids[byte] for byte in data]
+
+    def piece(self, token: int) -> bytes:
+        """UTF-8 bytes that the id `token` adds to a text; none for control tokens and for ids past the vocabulary."""
+        if token in self._added:
+            added = self._added[token]
+            return b"" if added.special else added.content.encode()
+        return bytes(self._bytes[char] for char in self.backend.id_to_token(token) or "")
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids` without control tokens; bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(map(self.piece, ids)).decode(errors="replace")
+
+    def token_id(self, name: str) -> int | None:
+        """Id of the token spelled `name`, None if there is none."""
+        return self.backend.token_to_id(name)
+
+
+@dataclass
+class StreamDecoder:
+    """`Tokenizer.decode`, one id at a time: the deltas joined are the decoded text, and none cuts a character."""
+
+    tokenizer: Tokenizer
+    held: bytes = b""  # the beginning of a character
+
+    def push(self, token: int) -> str:
+        """Text that is certain after `token`; empty inside a character."""
+        return self._decode(self.tokenizer.piece(token), final=False)
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for a character that was cut off, else nothing."""
+        return self._decode(b"", final=True)
+
+    def _decode(self, more: bytes, final: bool) -> str:
+        data = self.held + more
+        text, used = codecs.utf_8_decode(data, "replace", final)
+        self.held = data[used:]
+        return text
+
+
+def byte_tokenizer(config: OmniConfig) -> Tokenizer:
+    """One token per byte, for proofs on random checkpoints that came without a tokenizer.
+
+    Raises:
+        InputError: the vocabulary has no room for 256 bytes beside the control ids.
+    """
+    control = {value for name, value in vars(config).items() if name.endswith("_token_id")}
+    free = [i for i in range(min(config.text.vocab_size, 256 + len(control))) if i not in control]
+    if len(free) < 256:
+        raise InputError(f"a vocabulary of {config.text.vocab_size} ids has no room for bytes; add tokenizer files")
+    backend = tokenizers.Tokenizer(models.BPE(dict(zip(_byte_alphabet(), free, strict=False)), []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    end = config.audio_start_token_id if config.audio_end_token_id is None else config.audio_end_token_id
+    return Tokenizer(backend, replace(config, audio_end_token_id=end))
+
+
+def _byte_alphabet() -> dict[str, int]:
+    # byte-level BPE files write a printable byte as the Latin-1 character, the others in order from U+0100 on
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted(set(range(256)) - set(printable))
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+def _qwen_bpe(folder: Path) -> tokenizers.Tokenizer:
+    vocab, merges, settings = (folder / name for name in BPE_FILES)
+    backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    added = {int(i): AddedToken(**entry) for i, entry in read_json(settings)["added_tokens_decoder"].items()}
+    backend.add_tokens([added[i] for i in sorted(added)])
+    for i, token in added.items():
+        if backend.token_to_id(token.content) != i:  # the library numbers added tokens itself
+            raise InputError(f"{folder}: {token.content} should be id {i}; vocab.json is not the one it was made for")
+    return backend
+
+
+# ---------------------------------------------------------------------------------------------- turns
+
+
+@dataclass
+class TurnWriter:
+    """Writes turns as ids while they happen. Each method returns the ids that are certain by then, in order.
+
+    Text waits in `pending` until something that is not text follows, because neighbouring pieces of text, the line
+    end after the role among them, merge into tokens: the ids are those of the whole ChatML string. Usage:
+
+        ids = writer.open("user") + writer.audio(13)
+        writer.text("What was that?")
+        ids += writer.close() + writer.open_reply()
+    """
+
+    tokenizer: Tokenizer
+    pending: str = ""
+
+    def open(self, role: str) -> list[int]:
+        """Begin a turn of "system", "user" or "assistant".
+
+        Raises:
+            InputError: another role.
+        """
+        roles = self.tokenizer.roles
+        if role not in roles:
+            raise InputError(f"there is no role {role!r}; expected one of {', '.join(roles)}")
+        ids = [*self.flush(), self.tokenizer.config.im_start_token_id, roles[role]]
+        self.pending = "\n"
+        return ids
+
+    def open_reply(self) -> list[int]:
+        """Begin the assistant's turn for the Thinker to go on with."""
+        return self.open("assistant") + self.flush()
+
+    def text(self, text: str) -> None:
+        """Add text to the open turn; its ids come with the next call."""
+        self.pending += text
+
+    def audio(self, tokens: int) -> list[int]:
+        """A whole clip: `tokens` audio placeholders between their marks."""
+        return self.open_audio() + [self.tokenizer.config.audio_token_id] * tokens + self.close_audio()
+
+    def open_audio(self) -> list[int]:
+        """Begin a clip whose length is not known yet; the caller puts its audio placeholders after this."""
+        return [*self.flush(), self.tokenizer.config.audio_start_token_id]
+
+    def close_audio(self) -> list[int]:
+        """End the clip begun by `open_audio`."""
+        return [self.tokenizer.audio_end_token_id]
+
+    def flush(self) -> list[int]:
+        """Ids of the text that waits: from here on nothing merges with it."""
+        text, self.pending = self.pending, ""
+        return self.tokenizer.encode(text) if text else []
+
+    def close(self) -> list[int]:
+        """End the turn."""
+        return [*self.flush(), self.tokenizer.config.im_end_token_id, *self.tokenizer.encode("\n")]
+
+    def turn(self, role: str, text: str) -> list[int]:
+        """A whole turn of text."""
+        ids = self.open(role)
+        self.text(text)
+        return ids + self.close()
+
+
+# ---------------------------------------------------------------------------------------------- tools
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A function the assistant wants called; `arguments` is the raw text where the model's JSON is broken."""
+
+    name: str  # empty where the model's JSON does not tell
+    arguments: dict[str, Any] | str
+
+
+def system_text(text: str | None, tools: Sequence[Mapping[str, Any]] = ()) -> str | None:
+    """Text of the system turn: the instructions and the declared tools; None if there is nothing to say.
+
+    Args:
+        text: the instructions, or None.
+        tools: OpenAI's form, {"type": "function", "function": {"name": …, "parameters": …}}.
+
+    Raises:
+        InputError: a tool of another form.
+    """
+    if not tools:
+        return text
+    head = "" if text is None else f"{text}\n\n"
+    return head + TOOLS_BEFORE + "\n".join(map(_declaration, tools)) + TOOLS_AFTER
+
+
+def assistant_text(text: str, calls: Iterable[ToolCall]) -> str:
+    """Text of an assistant turn that calls tools, as the model would have written it."""
+    return "\n".join([text] * bool(text) + [_call_text(call) for call in calls])
+
+
+def tool_results_text(results: Iterable[str]) -> str:
+    """Text of the user turn that returns tool results; results of one round of calls share one turn."""
+    return "\n".join(f"<tool_response>\n{result}\n</tool_response>" for result in results)
+
+
+def parse_tool_calls(text: str) -> list[ToolCall]:
+    """Tool calls in the assistant's text, in order; a call that is cut off or is not JSON is kept as raw text."""
+    return [_parse_call(body.strip()) for body in re.findall(r"<tool_call>(.*?)(?=</?tool_call>|\Z)", text, re.DOTALL)]
+
+
+def _parse_call(body: str) -> ToolCall:
+    try:
+        call = json.loads(body, strict=False)  # models write line ends inside strings
+        name, arguments = call["name"], call.get("arguments") or {}
+        if isinstance(name, str) and isinstance(arguments, dict | str):
+            return ToolCall(name, arguments)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    spelled = re.search(r'"name"\s*:\s*"([^"]*)"', body)
+    return ToolCall(spelled[1] if spelled else "", body)
+
+
+def _call_text(call: ToolCall) -> str:
+    arguments = call.arguments if isinstance(call.arguments, str) else _json(call.arguments)
+    return f'<tool_call>\n{{"name": {_json(call.name)}, "arguments": {arguments}}}\n</tool_call>'
+
+
+def _declaration(tool: Mapping[str, Any]) -> str:
+    function = tool.get("function") if tool.get("type") == "function" else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise InputError('a tool must have the form {"type": "function", "function": {"name": …, "parameters": …}}')
+    return _json(tool)
+
+
+def _json(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"a tool must be plain JSON: {error}") from None
