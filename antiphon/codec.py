@@ -42,6 +42,7 @@ from antiphon.streaming import (
 CODEC_FILE = "codec.safetensors"  # our own file, beside a checkpoint
 DECAY = 0.99  # of a codebook's running averages, per training step
 DEAD_SHARE = 0.1  # a code used less than this share of the average is dead
+NEW_SHARE = 0.2  # a drawn code starts as if used this share: it follows its data at once, or dies again soon
 MIN_USAGE = 1e-5  # Mimi's floor under the usage that a code's sum is divided by
 
 # ---------------------------------------------------------------------------------------------- encoder
@@ -219,11 +220,11 @@ class Codebook(nn.Module):
 
     embed_sum: Tensor  # [K, D]
     cluster_usage: Tensor  # [K]
-    initialized: Tensor  # [1] 0 until the codes have been drawn from data
+    initialized: Tensor  # [1] 0 until the codes have been drawn from data; all of them are zero so far
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
-        self.register_buffer("embed_sum", torch.randn(size, dim))
+        self.register_buffer("embed_sum", torch.zeros(size, dim))
         self.register_buffer("cluster_usage", torch.ones(size))
         self.register_buffer("initialized", torch.zeros(1))
 
@@ -235,8 +236,8 @@ class Codebook(nn.Module):
     def forward(self, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Nearest codes [N] of x [N, D] and their vectors [N, D]; with a generator the codebook learns from x."""
         if generator is not None and not self.initialized:
-            share = self.cluster_usage.new_tensor(x.shape[0] / len(self.cluster_usage))
-            self._move(torch.ones_like(self.cluster_usage, dtype=torch.bool), share, x, generator)
+            average = self.cluster_usage.new_tensor(len(x) / len(self.cluster_usage))
+            self._draw(torch.ones_like(self.cluster_usage, dtype=torch.bool), average, x, generator)
             self.initialized.fill_(1)
         vectors = self.vectors
         # as a matrix product this would round differently with the number of rows, and dead codes are exact ties
@@ -252,13 +253,14 @@ class Codebook(nn.Module):
         self.cluster_usage.lerp_(counts.to(self.cluster_usage.dtype), 1 - DECAY)
         self.embed_sum.lerp_(sums, 1 - DECAY)
         average = self.cluster_usage.mean()
-        self._move(self.cluster_usage < DEAD_SHARE * average, average, x, generator)
+        self._draw(self.cluster_usage < DEAD_SHARE * average, average, x, generator)
 
-    def _move(self, chosen: Tensor, usage: Tensor, x: Tensor, generator: torch.Generator) -> None:
-        """Put the `chosen` [K] codes at vectors drawn from x [N, D], as if used `usage` times."""
+    def _draw(self, chosen: Tensor, average: Tensor, x: Tensor, generator: torch.Generator) -> None:
+        """Put the `chosen` [K] codes at vectors drawn from x [N, D]; `average` is the usage of a code."""
         # all are drawn, needed or not: neither the random numbers nor the host then wait for what is dead
         order = torch.randperm(len(x), generator=generator, device=generator.device)
         drawn = x[order[torch.arange(len(chosen), device=order.device) % len(x)].to(x.device)]
+        usage = NEW_SHARE * average
         self.embed_sum.copy_(torch.where(chosen[:, None], drawn * usage, self.embed_sum))
         self.cluster_usage.copy_(torch.where(chosen, usage, self.cluster_usage))
 
@@ -312,9 +314,12 @@ class ResidualQuantizer(nn.Module):
         self, x: Tensor, num_quantizers: int | None, generator: torch.Generator | None = None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """For each codebook: what is left of x [R, T, D], its codes [R, T], their vectors [R, T, D]."""
-        residual = widened(x)
+        residual, drawn = widened(x), False
         for book in self._codebooks()[:num_quantizers]:
-            codes, vectors = book(residual.detach().flatten(0, 1), generator)
+            # one codebook a batch starts: those drawn from a batch leave nothing of it for the next to be drawn from
+            learner = None if drawn and not book.initialized else generator
+            drawn = drawn or not book.initialized
+            codes, vectors = book(residual.detach().flatten(0, 1), learner)
             quantized = vectors.view_as(residual)
             yield residual, codes.view(residual.shape[:-1]), quantized
             residual = residual - quantized

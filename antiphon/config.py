@@ -147,7 +147,8 @@ class DecoderConfig:
             raise ConfigError(f"{where}.rms_norm_eps and {where}.rope_theta must be above zero")
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ConfigError(
-                f"{where}.num_experts_per_tok is {self.num_experts_per_tok}; expected 1 to num_experts = {self.num_experts}"
+                f"{where}.num_experts_per_tok is {self.num_experts_per_tok}; "
+                f"expected 1 to num_experts = {self.num_experts}"
             )
         if self.num_experts:
             _positive(self, where, "moe_intermediate_size")

@@ -123,6 +123,9 @@ class SwiGLU(nn.Module):
 class Experts(nn.Module):
     """Feed-forward experts stacked into one tensor each (on disk they are one tensor per expert)."""
 
+    gate_up_scale: Tensor | None
+    down_scale: Tensor | None
+
     def __init__(self, experts: int, width: int, inner: int) -> None:
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, width))

@@ -48,10 +48,9 @@ class Boxes(nn.Module):
         super().__init__()
         self.config = config
         self._tokenizer = tokenizer
-        speaks = config.talker is not None and config.code2wav is not None
         self.aut = AuT(config.audio)
         self.thinker = Thinker(config.text, config.talker.accept_hidden_layer if config.talker else None)
-        self.speech = Speech(config.talker, config.code2wav) if speaks else None
+        self.speech = Speech(config.talker, config.code2wav) if config.talker and config.code2wav else None
 
     @property
     def device(self) -> torch.device:
@@ -72,7 +71,8 @@ class Boxes(nn.Module):
         """
         if self._tokenizer is None:
             raise InputError(
-                "this checkpoint has no tokenizer; put tokenizer.json (or vocab.json and merges.txt) beside its config.json"
+                "this checkpoint has no tokenizer; put tokenizer.json (or vocab.json, merges.txt and "
+                "tokenizer_config.json) beside its config.json"
             )
         return self._tokenizer
 

@@ -115,33 +115,29 @@ def filtered(scores: Tensor, sampling: Sampling) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------- noise
 
-_STEP = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: consecutive multiples spread over all 64 bits
-
 
 def gumbel(noise: NoiseKey, size: int, device: torch.device | str) -> Tensor:
     """Standard Gumbel noise [B, V = size], or [1, V] if no part of the key is a tensor; float64.
 
-    `argmax(log p + gumbel)` is a draw from p. The integers below it are the same on every device; float32's
-    precision is kept of the logarithms, so that their last bits, which are not, do not show.
+    `argmax(log p + gumbel)` is a draw from p. Of the logarithms only float32's precision is kept: their last bits
+    differ between devices, the integers they are taken of do not.
     """
     return -(-uniform(noise, size, device).log()).log().float().double()
 
 
 def uniform(noise: NoiseKey, size: int, device: torch.device | str) -> Tensor:
-    """Numbers above 0 and below 1 [B or 1, V = size], float64, a multiple of 2^-53 each: the same on every device."""
-    state = torch.full((1, 1), 0, dtype=torch.int64, device=device)
+    """Numbers above 0 and below 1 [B or 1, V = size], float64; bit for bit the same on every device."""
+    state = torch.zeros(1, 1, dtype=torch.int64, device=device)
     for part in noise:
-        step = (
-            _signed((part + 1) * _STEP) if isinstance(part, int) else (part.to(device).view(-1, 1) + 1) * _signed(_STEP)
-        )
-        state = _mix(state + step)
-    ids = torch.arange(1, size + 1, device=device)
-    bits = _logical_shift(_mix(state + ids * _signed(_STEP)), 12)  # 52, so that adding a half is exact
-    return (bits.double() + 0.5) * 2.0**-52
+        is_tensor = isinstance(part, Tensor)
+        state = _absorb(state, part.to(device).view(-1, 1) if is_tensor else torch.full_like(state[:1], _signed(part)))
+    bits = _logical_shift(_absorb(state, torch.arange(size, device=device)), 12)
+    return (bits.double() + 0.5) * 2.0**-52  # of 52 bits, so that adding a half is exact
 
 
-def _mix(x: Tensor) -> Tensor:
-    """Bijection of 64-bit integers whose every output bit depends on every input bit (splitmix64's finaliser)."""
+def _absorb(state: Tensor, part: Tensor) -> Tensor:
+    """The state of splitmix64 after `part` + 1 of its steps: every bit of both shows in every bit of the result."""
+    x = state + (part + 1) * _signed(0x9E3779B97F4A7C15)
     x = (x ^ _logical_shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _logical_shift(x, 27)) * _signed(0x94D049BB133111EB)
     return x ^ _logical_shift(x, 31)
@@ -153,5 +149,5 @@ def _logical_shift(x: Tensor, by: int) -> Tensor:
 
 
 def _signed(n: int) -> int:
-    """`n` modulo 2^64 as int64 holds it: integer arithmetic in torch wraps around, Python's does not."""
+    """`n` modulo 2^64 as int64 holds it: integer arithmetic wraps around in torch, not in Python."""
     return (n + (1 << 63)) % (1 << 64) - (1 << 63)

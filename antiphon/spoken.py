@@ -47,7 +47,7 @@ class Spoken:
     before: bytes = b"\n"  # the byte before it
     line_start: bool = True  # only spaces and bullets are before it in its line
     after_span: bool = False  # only spaces are between it and a dropped span
-    emphasis: bytes = b""  # the marks that are open
+    emphasis: frozenset[bytes] = frozenset()  # the marks that are open
     code: int = 0  # backticks that opened the inline code it is in
     fence: int = 0  # backticks that opened the code block it is in
     row: bool = False  # in a table
@@ -108,7 +108,7 @@ class Spoken:
     def _move(self, passed: bytes) -> None:
         if passed.endswith(b"\n"):
             if self.line_start:  # a paragraph ends: nothing stays open, so one stray mark spoils no more than its own
-                self.emphasis, self.code = b"", 0
+                self.emphasis, self.code = frozenset(), 0
             self.row, self.link, self.target = False, False, 0
         self.before = passed[-1:]
         self.line_start = self.before == b"\n" or (self.line_start and self.before.isspace())
@@ -186,7 +186,7 @@ class Spoken:
         return DROPPED * len(rule) if fills_cell else rule
 
     def _emphasis(self, mark: bytes, run: bytes, after: bytes) -> bytes:
-        is_open = mark in self.emphasis
+        is_open = run in self.emphasis
         inside_word = self.before.isalnum() and after.isalnum()  # in ASCII: Chinese has no spaces around its words
         if mark == b"_" and len(run) not in (2, 3):
             said = True
@@ -197,5 +197,5 @@ class Spoken:
             said = alone or (inside_word and not is_open)
         if said:
             return run
-        self.emphasis = self.emphasis.replace(mark, b"") if is_open else self.emphasis + mark
+        self.emphasis ^= {run}
         return DROPPED * len(run)

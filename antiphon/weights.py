@@ -136,11 +136,16 @@ def _read_into(file: Any, entry: Entry, target: Tensor) -> None:
     buffer = target if direct else torch.empty(entry.shape, dtype=entry.dtype)
     if buffer.numel():
         file.seek(entry.start)
-        rest = memoryview(buffer.flatten().view(torch.uint8).numpy())
+        rest = _bytes(buffer)
         while rest:  # one read gives at most 2 GiB
             rest = rest[file.readinto(rest) :]
     if not direct:
         target.copy_(buffer)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return memoryview(tensor.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy 2 is a buffer
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -158,7 +163,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
         file.write(struct.pack("<Q", len(header)) + header)
         for tensor in tensors.values():
             if tensor.numel():
-                file.write(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+                file.write(_bytes(tensor.detach().cpu().contiguous()))
     os.replace(part, path)
 
 
@@ -205,7 +210,7 @@ def find_checkpoint(name_or_path: str | Path) -> Path:
     parts = str(name_or_path).split("/")
     if len(parts) != 2 or not all(parts) or str(name_or_path).startswith((".", "~")):
         raise WeightsError(f"{name_or_path} does not exist; expected a checkpoint's folder or a Hub id (owner/name)")
-    from huggingface_hub import snapshot_download  # noqa: PLC0415  (slow to import and rarely needed)
+    from huggingface_hub import snapshot_download
 
     try:
         return Path(

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from antiphon.sampling import (
     uniform,
 )
 
+NO_IDS: Any = None  # the processors take ids and most do not look at them
 MASK = (1 << 64) - 1
 PINNED_UNIFORM = [0.47141042966848035, 0.7247520786262142]
 PINNED_DRAWS = [2836, 545, 2263, 2972, 409, 327, 218, 245, 1827, 1554, 2127, 1718]
@@ -52,9 +54,9 @@ def test_the_support_is_that_of_transformers(top_k, top_p):
     logits = random_logits(64, 100)
     expected = logits
     if top_k:
-        expected = TopKLogitsWarper(top_k)(torch.empty(0), expected)
+        expected = TopKLogitsWarper(top_k)(NO_IDS, expected)
     if top_p < 1:
-        expected = TopPLogitsWarper(top_p)(torch.empty(0), expected)
+        expected = TopPLogitsWarper(top_p)(NO_IDS, expected)
     assert torch.equal(filtered(logits, Sampling(1.0, top_k, top_p)), expected)
 
 
@@ -133,9 +135,9 @@ def test_a_draw_without_a_key_is_a_programming_error():
         {"repetition_penalty": math.inf},
     ],
 )
-def test_settings_without_a_meaning_are_refused(change: dict[str, Any]):
+def test_settings_without_a_meaning_are_refused(change):
     with pytest.raises(InputError, match=next(iter(change))):
-        Sampling(**({"temperature": 1.0} | change))
+        replace(Sampling(1.0), **change)
 
 
 def test_the_released_settings():
@@ -252,7 +254,8 @@ def test_numbers_are_uniform():
 def test_neighbours_are_independent():
     # grid [seed, turn, frame, codebook, id]: along no axis and no diagonal does a number tell its neighbour
     rows = torch.cartesian_prod(torch.arange(6), torch.arange(6), torch.arange(6))
-    u = torch.stack([uniform(NoiseKey(*rows.unbind(1), codebook), 256, "cpu") for codebook in range(6)], 1)
+    seed, turn, frame = rows.unbind(1)
+    u = torch.stack([uniform(NoiseKey(seed, turn, frame, codebook), 256, "cpu") for codebook in range(6)], 1)
     z = (u.view(6, 6, 6, 6, 256) - 0.5) * math.sqrt(12)
     for axes in [(0,), (1,), (2,), (3,), (4,), (0, 1), (2, 3), (1, 2), (3, 4), (0, 1, 2, 3, 4)]:
         first, second = z, z

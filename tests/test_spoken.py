@@ -5,26 +5,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antiphon.spoken import LINK_TEXT, Spoken, spoken
-from antiphon.tokenizer import Tokenizer
+from antiphon.tokenizer import Tokenizer, byte_tokenizer
 from tests.tiny_tokenizer import tiny_tokenizer
 
 PLAIN = [
-    *(
-        "2 * 3",
-        "2*3*4",
-        "x**2",
-        "2 ** 3",
-        "snake_case",
-        "a_b__c",
-        "C#",
-        "#1",
-        "5 - 3",
-        "-5",
-        "well-known",
-        "a|b",
-        "1 | 2",
-    ),
-    *("f(x)", "see [1]", "[sic]", "a[0](", "3 < 4 > 1", "1 + 1", "Price*", "____", "$5 (net)", "e-mail@x.y", "~~"),
+    *("2 * 3", "2*3*4", "x**2", "2 ** 3", "snake_case", "a_b__c", "C#", "#1", "5 - 3", "-5", "well-known", "a|b"),
+    *("f(x)", "see [1]", "[sic]", "a[0] (1)", "1 | 2", "3 < 4 > 1", "1 + 1", "Price*", "____", "$5 (net)", "~~"),
     *("hello", "Привет", "你好，世界。", "こんにちは", "안녕", "مرحبا", "🙂", "👍🏽", "é", "12 345", ": :", "1. one"),
 ]
 MARKED = {
@@ -34,7 +20,7 @@ MARKED = {
     "**Note**that **2*3**": "Notethat 2*3",
     "**x\ny**": "x\ny",
     "*open\n\n5* hotel": "open\n\n5* hotel",
-    "call `f` and ``g`h``": "call f and g`h"[:-2] + "h",
+    "call `f` and ``g``": "call f and g",
     "literally `a*b* _x_ [1](2)` *so*": "literally a*b* _x_ [1](2) so",
     "# Title\n\n### Part\ntext # 1": "Title\n\nPart\ntext # 1",
     "#tag\n####### x": "#tag\n####### x",
@@ -48,7 +34,7 @@ MARKED = {
     "[a](b)[c] [d](e": "a[c] d",
     "[d](e\nf": "d\nf",
     "| a | b |\n|---|:-:|\n| Tom|5 - 3 |\n\nx | y": "a b \n \nTom 5 - 3 \n\nx | y",
-    "|a|b|\n|c|d|": "a b \nc d ",
+    "|a|b|\n|c|d|": "a b\nc d",
     "<think>\n**why**\n</think>\n\n- so": "so",
     'on it <tool_call>\n{"name": "**"}\n</tool_call>\n<tool_call>x</tool_call> done': "on it done",
     "cut <tool_call> off </think>": "cut ",
@@ -129,9 +115,11 @@ def test_a_fork_says_the_same(tokenizer, soup, at):
 
 
 def test_words_after_a_mark_are_spelled_as_without_it(tokenizer):
-    # the Talker knows " the", not " " and "the"
-    said = list(spoken(tokenizer.encode("like **the** *old* bridge\n- and"), tokenizer))
-    assert said == [*tokenizer.encode("like the old bridge\n"), *tokenizer.encode("and")]
+    # the Talker knows " bold", not " " and "bold"
+    marked, bare = tokenizer.encode("or **bold** or"), tokenizer.encode("or bold or")
+    assert [tokenizer.decode([i]) for i in marked] == ["or", " **", "bold", "**", " or"]
+    assert list(spoken(marked, tokenizer)) == bare
+    assert [tokenizer.decode([i]) for i in bare] == ["or", " bold", " or"]
 
 
 def test_ids_are_asked_for_one_at_a_time(tokenizer):
@@ -165,14 +153,11 @@ def test_brackets_wait_for_the_length_of_a_link_at_most(tokenizer):
     bracket, word = (tokenizer.encode(text)[0] for text in ("[", "a"))
     said = [speech.push(token) for token in [bracket] + [word] * (LINK_TEXT + 1)]
     assert said[:LINK_TEXT] == [[]] * LINK_TEXT
-    assert sum(said, []) == [bracket] + [word] * (LINK_TEXT + 1)
+    assert [i for ids in said for i in ids] == [bracket] + [word] * (LINK_TEXT + 1)
     assert speech.push(word) == [word]
 
 
-def test_a_tokenizer_without_tags_has_no_spans(tokenizer, monkeypatch):
-    monkeypatch.setattr(Tokenizer, "token_id", lambda self, name: None)
-    ids = tokenizer.encode("<think>a</think>")
-    monkeypatch.undo()
-    speech = Spoken(tokenizer)
-    speech.spans = {}
-    assert [i for token in ids for i in speech.push(token)] == ids
+def test_a_tokenizer_without_tags_has_no_spans(tokenizer):
+    plain = byte_tokenizer(tokenizer.config)
+    ids = plain.encode("<think>a</think>")
+    assert list(spoken(ids, plain)) == ids

@@ -14,11 +14,12 @@ from antiphon.tokenizer import (
     ToolCall,
     TurnWriter,
     assistant_text,
+    byte_tokenizer,
     parse_tool_calls,
     system_text,
     tool_results_text,
 )
-from tests.tiny_tokenizer import SPECIAL, TAGS, text_config, tiny_tokenizer, write_tokenizer
+from tests.tiny_tokenizer import NAMES, SPECIAL, TAGS, text_config, tiny_tokenizer, write_tokenizer
 
 TEXTS = [
     "",
@@ -192,6 +193,25 @@ def test_no_end_of_audio_is_an_error(tmp_path):
     path.write_text(path.read_text().replace("<|audio_end|>", "<|audio_fin|>"))
     with pytest.raises(InputError, match="audio_end"):
         Tokenizer.from_folder(tmp_path, replace(text_config(ids), audio_end_token_id=None))
+
+
+def test_a_vocabulary_without_every_byte_is_refused(tmp_path):
+    ids = write_tokenizer(tmp_path, "bpe")
+    path = tmp_path / "vocab.json"
+    path.write_text(path.read_text().replace('"Ā"', '"missing"'))
+    with pytest.raises(InputError, match="byte"):
+        Tokenizer.from_folder(tmp_path, text_config(ids))
+
+
+def test_bytes_are_a_tokenizer_for_checkpoints_without_one(one):
+    plain = byte_tokenizer(one.config)
+    ids = plain.encode(TEXTS[3])
+    assert len(ids) == len(TEXTS[3].encode())
+    assert plain.decode(ids) == TEXTS[3]
+    assert plain.decode([one.config.im_end_token_id]) == ""
+    assert TurnWriter(plain).turn("user", "a")[:2] == [one.config.im_start_token_id, one.config.user_token_id]
+    with pytest.raises(InputError, match="no room"):
+        byte_tokenizer(text_config(dict(zip(NAMES, range(11), strict=True)), vocab_size=266))
 
 
 # ---------------------------------------------------------------------------------------------- turns

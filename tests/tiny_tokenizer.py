@@ -29,6 +29,7 @@ Please tell me about the weather tomorrow, because I don't know whether to trave
 ¿Qué hora es, señor? São três horas. 🙂🎉👍🏽 12 345,67 × 8 = 98 − 5
 def answer(question):\n    return question + 1  # one more\n\n\n
 {"name": "get_weather", "arguments": {"city": "Paris", "days": 3}}
+or **bold** or bold or **bold** or bold, *soft*
 **bold** and *soft*, `code`, [link](https://example.com/page)\n\n- one\n- two\n\n# Title\n\n| a | b |\n|---|---|
 """
 NAMES = {
@@ -62,9 +63,9 @@ def write_tokenizer(folder: Path, form: str = "json", vocab_size: int = 768) -> 
     added = {i: _entry(token) for i, token in sorted(backend.get_added_tokens_decoder().items())}
     settings = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added, "eos_token": "<|im_end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    ids = {name: backend.token_to_id(spelling) for name, spelling in NAMES.items()}
+    ids = {name: i for name, spelling in NAMES.items() if (i := backend.token_to_id(spelling)) is not None}
     assert backend.get_vocab_size() == vocab_size, "the training text is good for about 300 to 1200 ids"
-    assert None not in ids.values()
+    assert ids.keys() == NAMES.keys()
     return ids
 
 
@@ -77,7 +78,7 @@ def tiny_tokenizer(folder: Path, form: str = "json", vocab_size: int = 768) -> T
 def text_config(ids: dict[str, int], vocab_size: int = 768) -> OmniConfig:
     """The smallest configuration with these ids: a Thinker without a voice."""
     text = DecoderConfig(8, 1, 1, 1, 8, vocab_size, 1e-6, 1e6, 64, False, intermediate_size=8)
-    return OmniConfig(AudioConfig(8, 8, 1, 1, 8, 8, 8, 50, 800), text, None, None, **ids)
+    return OmniConfig(AudioConfig(8, 8, 1, 1, 8, 8, 8, 50, 800), text, None, None, **ids, raw={})
 
 
 def _trained(size: int) -> tokenizers.Tokenizer:

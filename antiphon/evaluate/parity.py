@@ -11,7 +11,7 @@ Stages (all float32 or int64; T prompt positions, n text tokens, M frames, Q cod
     talker_inputs   [P, W]       the Talker's prefill
     talker_logits   [M, C]       raw scores of codebook 0, before suppression and penalty
     codes           [M, Q]
-    waveform        [M * 1920]   against the exact oracle of facts 5.4: transposed convolutions cropped on the right only
+    waveform        [M * 1920]   the oracle is Code2Wav with its transposed convolutions cropped on the right only
 """
 
 from __future__ import annotations
@@ -70,8 +70,15 @@ class Case:
     def options(self) -> Options:
         """Greedy options; every token is spoken, as in the release."""
         speech = Sampling(0.0, repetition_penalty=self.repetition_penalty)
-        limits = {"max_text_tokens": self.max_text_tokens, "max_frames": self.max_frames}
-        return Options(voice=self.voice, speech=speech, residual=GREEDY, text=GREEDY, verbatim=True, **limits)
+        return Options(
+            voice=self.voice,
+            max_text_tokens=self.max_text_tokens,
+            max_frames=self.max_frames,
+            text=GREEDY,
+            speech=speech,
+            residual=GREEDY,
+            verbatim=True,
+        )
 
 
 def default_case(model: Omni) -> Case:
@@ -146,7 +153,7 @@ def reference(
 
 def _transformers_model(folder: Path, dtype: torch.dtype, device: str) -> Any:
     try:
-        from transformers import Qwen3OmniMoeConfig, Qwen3OmniMoeForConditionalGeneration  # noqa: PLC0415
+        from transformers import Qwen3OmniMoeConfig, Qwen3OmniMoeForConditionalGeneration
     except ImportError:
         raise InputError("comparing needs transformers; install it with: pip install 'antiphon[verify]'") from None
     config = Qwen3OmniMoeConfig.from_pretrained(folder)
@@ -154,10 +161,11 @@ def _transformers_model(folder: Path, dtype: torch.dtype, device: str) -> Any:
     if not any(
         name.startswith("thinker.visual.") for name in names
     ):  # a checkpoint without a vision tower: make a stub
-        vision = config.thinker_config.vision_config
+        thinker: Any = config.thinker_config
+        vision = thinker.vision_config
         vision.depth, vision.hidden_size, vision.intermediate_size, vision.num_heads = 1, 32, 32, 2
         vision.deepstack_visual_indexes, vision.num_position_embeddings, vision.patch_size = [0], 16, 4
-        vision.out_hidden_size = config.thinker_config.text_config.hidden_size
+        vision.out_hidden_size = thinker.text_config.hidden_size
     model = Qwen3OmniMoeForConditionalGeneration.from_pretrained(
         folder,
         config=config,
@@ -172,9 +180,9 @@ def _features(model: Any, clips: Sequence[tuple[Samples, int]]) -> tuple[dict[st
     """Generation inputs for the clips and the stages mel and audio_features, every clip on its own (facts 2.2)."""
     if not clips:
         return {}, {}
-    from transformers import WhisperFeatureExtractor  # noqa: PLC0415
+    from transformers import WhisperFeatureExtractor
 
-    extract = WhisperFeatureExtractor(feature_size=model.config.thinker_config.audio_config.num_mel_bins)
+    extract: Any = WhisperFeatureExtractor(feature_size=model.config.thinker_config.audio_config.num_mel_bins)
     rate = extract.sampling_rate
     mels = []
     for samples, source_rate in clips:
@@ -249,10 +257,10 @@ def _causal_decoder(model: Any) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    import warnings  # noqa: PLC0415
+    import warnings
 
     try:
-        from transformers.utils import logging  # noqa: PLC0415
+        from transformers.utils import logging
     except ImportError:
         yield
         return
