@@ -39,10 +39,11 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class AudioDelta:
-    """One frame of the answer's sound: float32 [1920] at 24 kHz."""
+    """One frame of the answer's sound: float32 [1920] at 24 kHz as released."""
 
     samples: Samples
     frame: int
+    sample_rate: int
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Session(Conversation):
             for samples in frames:
                 yield from thought.deltas()
                 clock.mark("first_audio")
-                yield AudioDelta(samples, len(speech.codes) - 1)
+                yield AudioDelta(samples, len(speech.codes) - 1, speech.sample_rate)
                 self.answer.frames.append(len(thought.ids))
             for _ in thought:  # the Talker may stop before the text does, or never start
                 yield from thought.deltas()
@@ -171,7 +172,7 @@ class Session(Conversation):
         try:
             for samples in speech.frames(words if options.verbatim else spoken(words, self.model.tokenizer)):
                 clock.mark("first_audio")
-                yield AudioDelta(samples, len(speech.codes) - 1)
+                yield AudioDelta(samples, len(speech.codes) - 1, speech.sample_rate)
         finally:
             self.talker.truncate(self.user_length)
         thought = Thought(self, options, clock)
@@ -252,6 +253,7 @@ class Utterance:
 
     def __init__(self, session: Conversation, options: Options, clock: Phases, speaker: int | None) -> None:
         self.session, self.options, self.clock, self.speaker = session, options, clock, speaker
+        self.sample_rate = session.model.config.code2wav.sample_rate if session.model.config.code2wav else 0
         self.codes: list[Tensor] = []  # [Q] per frame
         self.sound: list[Samples] = []
         self.finish: str | None = None
@@ -308,8 +310,7 @@ class Utterance:
 
 
 def _reply(model: Boxes, thought: Thought, speech: Utterance, clock: Phases) -> Reply:
-    decoder = model.config.code2wav
-    quantizers, rate = (decoder.num_quantizers, decoder.sample_rate) if decoder else (0, 0)
+    quantizers = model.config.code2wav.num_quantizers if model.config.code2wav else 0
     codes = torch.stack(speech.codes) if speech.codes else torch.zeros(0, quantizers, dtype=torch.long)
     audio = np.concatenate(speech.sound) if speech.sound else np.zeros(0, np.float32)
     finishes = [thought.finish, speech.finish]
@@ -319,7 +320,7 @@ def _reply(model: Boxes, thought: Thought, speech: Utterance, clock: Phases) -> 
         thought.ids,
         codes,
         audio,
-        rate,
+        speech.sample_rate,
         finish,
         parse_tool_calls(thought.text),
         clock.summary(),
@@ -412,12 +413,18 @@ def collect(events: Iterable[Event]) -> Reply:
     raise InputError("the stream ended without Done; it was closed early")
 
 
-def load(name_or_path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Omni:
+def load(
+    name_or_path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Omni:
     """A checkpoint in the released form, from a folder or a Hub id such as Qwen/Qwen3-Omni-30B-A3B-Instruct.
 
-    `dtype` is that of the files when None (bfloat16 as released).
+    `dtype` is that of the files when None (bfloat16 as released); `progress` is told bytes read and bytes in all.
 
     Raises:
         ConfigError, WeightsError: the checkpoint is incomplete, damaged, or of another kind of model.
     """
-    return load_checkpoint(Omni, name_or_path, device, dtype)
+    return load_checkpoint(Omni, name_or_path, device, dtype, progress)

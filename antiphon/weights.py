@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -283,8 +283,11 @@ def load_checkpoint(
     name_or_path: str | Path,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """A checkpoint in the released form as a `kind` of Boxes; `dtype` as on disk when None.
+
+    `progress` is told the bytes read so far and in all.
 
     Raises:
         ConfigError, WeightsError: the checkpoint is incomplete, damaged, or of another kind of model.
@@ -296,10 +299,14 @@ def load_checkpoint(
     model = build(kind, config, find_tokenizer(folder, config), device, dtype or stored)
     wanted = dict(released_tensors(model))
     compare(wanted, files)
+    done, total = 0, sum(e.stop - e.start for entries in files.values() for e in entries.values())
     for path, entries in files.items():
         with path.open("rb", buffering=0) as file:
             for name, entry in entries.items():
                 _read_into(file, entry, wanted[name])
+                done += entry.stop - entry.start
+                if progress is not None:
+                    progress(done, total)
     return model
 
 

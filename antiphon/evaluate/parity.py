@@ -326,6 +326,7 @@ def verify(
     *,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
+    voice: str | None = None,
     golden: Path | None = None,
     write_golden: Path | None = None,
 ) -> tuple[list[Difference], dict[str, Tensor], torch.dtype]:
@@ -339,7 +340,7 @@ def verify(
     model = load(folder, device, dtype)
     ensure_tokenizer(model)
     case, dtype = case or default_case(model), model.dtype
-    case = replace(case, voice=case.voice or next(iter(model.voices), None))
+    case = replace(case, voice=case.voice or voice or next(iter(model.voices), None))
     ours, voice, im_end = trace(model, case), case.voice, model.config.im_end_token_id
     del model
     gc.collect()
