@@ -151,6 +151,8 @@ class AuT(nn.Module):
         # a clip shorter than one chunk is convolved as it is, every other tail is padded to a whole chunk
         alone = torch.zeros_like(valid, dtype=torch.bool)
         alone[:, 0] = (valid[:, 0] < self.config.chunk_frames) & (in_step(state.windows) == 0)
+        if frames is not None:  # what lies beyond a clip is not heard, so it is not the loudest either
+            x = x.masked_fill((torch.arange(size) >= valid[..., None])[..., None].to(x.device), LOG_FLOOR)
         x = normalize(x, self._peaks(x, state) if peak is None else peak[:, None, None, None])
         state.windows += count
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -115,6 +115,8 @@ def filtered(scores: Tensor, sampling: Sampling) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------- noise
 
+Word: TypeAlias = int | Tensor  # 64 bits, signed; a key of plain numbers is mixed in Python, without kernels
+
 
 def gumbel(noise: NoiseKey, size: int, device: torch.device | str) -> Tensor:
     """Standard Gumbel noise [B, V = size], or [1, V] if no part of the key is a tensor; float64.
@@ -127,27 +129,27 @@ def gumbel(noise: NoiseKey, size: int, device: torch.device | str) -> Tensor:
 
 def uniform(noise: NoiseKey, size: int, device: torch.device | str) -> Tensor:
     """Numbers above 0 and below 1 [B or 1, V = size], float64; bit for bit the same on every device."""
-    state = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    state: Word = 0
     for part in noise:
-        is_tensor = isinstance(part, Tensor)
-        state = _absorb(state, part.to(device).view(-1, 1) if is_tensor else torch.full_like(state[:1], _signed(part)))
-    bits = _logical_shift(_absorb(state, torch.arange(size, device=device)), 12)
+        state = _absorb(state, part.to(device).view(-1, 1) if isinstance(part, Tensor) else part)
+    bits = _shifted(_absorb(state, torch.arange(size, device=device)[None]), 12)
+    assert isinstance(bits, Tensor)
     return (bits.double() + 0.5) * 2.0**-52  # of 52 bits, so that adding a half is exact
 
 
-def _absorb(state: Tensor, part: Tensor) -> Tensor:
-    """The state of splitmix64 after `part` + 1 of its steps: every bit of both shows in every bit of the result."""
-    x = state + (part + 1) * _signed(0x9E3779B97F4A7C15)
-    x = (x ^ _logical_shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _logical_shift(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _logical_shift(x, 31)
+def _wrap(x: Word) -> Word:
+    # integer arithmetic wraps around at 64 bits in torch, not in Python
+    return (x + (1 << 63)) % (1 << 64) - (1 << 63) if isinstance(x, int) else x
 
 
-def _logical_shift(x: Tensor, by: int) -> Tensor:
-    # torch's shift of int64 drags the sign along
+def _shifted(x: Word, by: int) -> Word:
+    # without the mask, the sign would be dragged along
     return (x >> by) & ((1 << (64 - by)) - 1)
 
 
-def _signed(n: int) -> int:
-    """`n` modulo 2^64 as int64 holds it: integer arithmetic wraps around in torch, not in Python."""
-    return (n + (1 << 63)) % (1 << 64) - (1 << 63)
+def _absorb(state: Word, part: Word) -> Word:
+    """The output of splitmix64 `part` + 1 steps after `state`: every bit of both shows in all bits of the result."""
+    x = _wrap(state + _wrap((part + 1) * _wrap(0x9E3779B97F4A7C15)))
+    x = _wrap((x ^ _shifted(x, 30)) * _wrap(0xBF58476D1CE4E5B9))
+    x = _wrap((x ^ _shifted(x, 27)) * _wrap(0x94D049BB133111EB))
+    return x ^ _shifted(x, 31)

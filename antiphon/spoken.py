@@ -166,7 +166,7 @@ class Spoken:
         text = re.match(rb"\[[^\[\]\n]{0,%d}" % LINK_TEXT, rest)
         assert text is not None
         after = rest[text.end() : text.end() + 2]
-        if after in (b"", b"]") and text.end() <= LINK_TEXT and not final:
+        if after in (b"", b"]") and not final:
             return b""
         self.link = after == b"]("
         return DROPPED if self.link else b"["

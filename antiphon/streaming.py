@@ -163,6 +163,7 @@ class KVCache(State):
     length: Tensor = by_row(0)  # [R] slots in use
     capacity: int = 0
     filled: int = 0  # longest row, known without asking the device
+    whole: KVCache | None = None  # what this is a view of, so that it learns how long its rows become
 
     @classmethod
     def empty(
@@ -206,7 +207,13 @@ class KVCache(State):
     def view(self, start: int, stop: int) -> KVCache:
         """Rows sharing memory; a view cannot grow, so reserve on the whole cache first."""
         new = super().view(start, stop)
-        new.capacity, new.filled = self.k.shape[3], int(new.length.max())
+        new.capacity, new.filled, new.whole = self.k.shape[3], int(new.length.max()), self
+        return new
+
+    def copy(self) -> KVCache:
+        """An independent copy, of a view too."""
+        new = super().copy()
+        new.whole = None
         return new
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -237,6 +244,10 @@ class _CacheSpan:
     def close(self) -> None:
         self.cache.length += self.steps
         self.cache.filled += self.steps
+        cache = self.cache
+        while cache.whole is not None:
+            cache.whole.filled = max(cache.whole.filled, cache.filled)
+            cache = cache.whole
 
 
 @dataclass

@@ -110,6 +110,8 @@ def test_half_precision_is_computed_in_single_and_double_stays_double():
     # in bfloat16 all these penalised scores would be equal
     logits = torch.tensor([[1.0, 1.0078125]], dtype=torch.bfloat16)
     assert choose(logits, Sampling(0.0, repetition_penalty=1.001), seen=torch.tensor([[False, True]])).item() == 1
+    huge = torch.tensor([[-60000.0, -50000.0]], dtype=torch.float16)  # twice that overflows
+    assert choose(huge, Sampling(0.0, repetition_penalty=2.0), seen=torch.tensor([[True, True]])).item() == 1
 
 
 def test_a_draw_without_a_key_is_a_programming_error():
@@ -242,6 +244,12 @@ def test_no_noise_is_infinite():
     # the largest and the smallest of 52 bits
     for u in ((2**52 - 0.5) / 2**52, 0.5 / 2**52):
         assert math.isfinite(-math.log(-math.log(u)))
+
+
+def test_noise_has_the_precision_that_devices_agree_on():
+    noise = gumbel(NoiseKey(1, 2, 3, 4), 3072, "cpu")
+    assert noise.dtype == torch.float64
+    assert torch.equal(noise, noise.float().double())
 
 
 def test_numbers_are_uniform():

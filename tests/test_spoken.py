@@ -9,7 +9,7 @@ from antiphon.tokenizer import Tokenizer, byte_tokenizer
 from tests.tiny_tokenizer import tiny_tokenizer
 
 PLAIN = [
-    *("2 * 3", "2*3*4", "x**2", "2 ** 3", "snake_case", "a_b__c", "C#", "#1", "5 - 3", "-5", "well-known", "a|b"),
+    *("2 * 3", "2*3*4", "x**2", "2 ** 3", "snake_case", "_x", "a_b__c", "C#", "#1", "5 - 3", "-5", "well-known", "a|b"),
     *("f(x)", "see [1]", "[sic]", "a[0] (1)", "1 | 2", "3 < 4 > 1", "1 + 1", "Price*", "____", "$5 (net)", "~~"),
     *("hello", "Привет", "你好，世界。", "こんにちは", "안녕", "مرحبا", "🙂", "👍🏽", "é", "12 345", ": :", "1. one"),
 ]
@@ -20,12 +20,12 @@ MARKED = {
     "**Note**that **2*3**": "Notethat 2*3",
     "**x\ny**": "x\ny",
     "*open\n\n5* hotel": "open\n\n5* hotel",
-    "call `f` and ``g``": "call f and g",
+    "call `f` and ``g`*h*`` *so*": "call f and g*h* so",
     "literally `a*b* _x_ [1](2)` *so*": "literally a*b* _x_ [1](2) so",
     "# Title\n\n### Part\ntext # 1": "Title\n\nPart\ntext # 1",
     "#tag\n####### x": "#tag\n####### x",
     "- one\n* two\n+ three\n  - **four**\n> five\n1. six": "one\ntwo\nthree\n  four\nfive\n1. six",
-    "-5\n--x\n---\n***\ny": "-5\n--x\n\n\ny",
+    "-5\n--x\n--\n---\n***\ny": "-5\n--x\n--\n\n\ny",
     "a\n```python\n**code** ``\n# x\n```\nb": "a\nb",
     "a\n````\n```\n````\nb": "a\nb",
     "a\n```\nnever closed **x**\n": "a\n",
@@ -35,7 +35,12 @@ MARKED = {
     "[d](e\nf": "d\nf",
     "| a | b |\n|---|:-:|\n| Tom|5 - 3 |\n\nx | y": "a b \n \nTom 5 - 3 \n\nx | y",
     "|a|b|\n|c|d|": "a b\nc d",
-    "<think>\n**why**\n</think>\n\n- so": "so",
+    "<think>\n**why**\n</think>\n\n- so it is": "so it is",
+    "a<think>b</think># Title": "aTitle",
+    "or **`": "or ",
+    "open [bracket": "open [bracket",
+    "shut [bracket]": "shut [bracket]",
+    "a *": "a *",
     'on it <tool_call>\n{"name": "**"}\n</tool_call>\n<tool_call>x</tool_call> done': "on it done",
     "cut <tool_call> off </think>": "cut ",
     "tail **</think> end": "tail **end",
@@ -152,7 +157,7 @@ def test_brackets_wait_for_the_length_of_a_link_at_most(tokenizer):
     speech = Spoken(tokenizer)
     bracket, word = (tokenizer.encode(text)[0] for text in ("[", "a"))
     said = [speech.push(token) for token in [bracket] + [word] * (LINK_TEXT + 1)]
-    assert said[:LINK_TEXT] == [[]] * LINK_TEXT
+    assert said[:-1] == [[]] * (LINK_TEXT + 1)
     assert [i for ids in said for i in ids] == [bracket] + [word] * (LINK_TEXT + 1)
     assert speech.push(word) == [word]
 

@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen2Tokenizer
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from antiphon.errors import InputError
 from antiphon.tokenizer import (
+    QWEN_WORDS,
     StreamDecoder,
     Tokenizer,
     ToolCall,
@@ -65,6 +67,10 @@ def chatml_ids(oracle: Qwen2Tokenizer, text: str) -> list[int]:
 
 
 # ---------------------------------------------------------------------------------------------- text
+
+
+def test_text_is_cut_into_words_as_qwen_does():
+    assert QWEN_WORDS == PRETOKENIZE_REGEX
 
 
 @pytest.mark.parametrize("text", TEXTS)

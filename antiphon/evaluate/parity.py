@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -111,7 +113,13 @@ def trace(model: Omni, case: Case) -> dict[str, Tensor]:
     if "mel" in record:
         mels = [normalize(mel, mel.amax()).T for mel in record["mel"]]
         stages["mel"] = torch.cat(mels, 1)
-    return {name: _plain(stages[name]) for name in STAGES if name in stages}
+    return _finished(stages)
+
+
+def _finished(stages: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Stages in order and in plain types; the Talker's input is one of them only where it said something."""
+    silent = () if "codes" in stages else ("talker_inputs",)
+    return {name: _plain(stages[name]) for name in STAGES if name in stages and name not in silent}
 
 
 def _plain(x: Tensor) -> Tensor:
@@ -122,33 +130,40 @@ def _plain(x: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------- transformers
 
 
-def reference(
-    folder: Path, case: Case, prompt_ids: Tensor, spoken_tokens: int, voice: str | None, dtype: torch.dtype, device: str
-) -> dict[str, Tensor]:
-    """The same stages from the installed transformers, which reads `prompt_ids`.
+def reference_stages(model: Any, case: Case, prompt_ids: Tensor, speaks: bool) -> dict[str, Tensor]:
+    """The same stages from a `load_reference`, which reads `prompt_ids`; `model` is left as it was.
+
+    `speaks` False keeps the Talker out of it: transformers fails on an answer without a word.
+    """
+    tower, prompt_ids = model.thinker.model.audio_tower, prompt_ids.to(model.device)
+    window = tower.n_window_infer if case.window is None else case.window * 2 * tower.n_window
+    with _quiet(), torch.no_grad(), patch.object(tower, "n_window_infer", window):
+        clips = [part for turn in case.turns for part in turn if not isinstance(part, str)]
+        inputs, stages = _features(model, clips)
+        thinker, talker_inputs, talker = _generate(model, case, prompt_ids, inputs, stages, speaks)
+        layer = model.config.talker_config.accept_hidden_layer if model.has_talker else 0
+        stages["prompt_ids"] = prompt_ids
+        stages["thinker_hidden"] = thinker.hidden_states[0][layer][0]
+        stages["thinker_logits"] = torch.cat(thinker.logits)
+        stages["text_ids"] = thinker.sequences[0, len(prompt_ids) :]
+        frames = talker.hidden_states if speaks else []
+        codes = [hidden[-1][0] for hidden in frames if hidden[-1] is not None]
+        if codes:
+            stages["talker_inputs"] = talker_inputs[0]
+            stages["talker_logits"] = torch.cat(talker.logits)[: len(codes)]
+            stages["codes"] = torch.stack(codes)
+            stages["waveform"] = causal_waveform(model, stages["codes"].T[None])[0]
+        return _finished(stages)
+
+
+def load_reference(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Any:
+    """The checkpoint in the installed transformers' class.
 
     Raises:
         InputError: transformers is not installed.
     """
     with _quiet():
-        model = _transformers_model(folder, dtype, device)
-        clips = [part for turn in case.turns for part in turn if not isinstance(part, str)]
-        inputs, stages = _features(model, clips)
-        talks = voice is not None and spoken_tokens > 0
-        outputs = _generate(model, case, prompt_ids.to(device), inputs, voice if talks else None)
-        thinker, talker_inputs, talker = outputs
-        layer = model.config.talker_config.accept_hidden_layer if model.has_talker else 0
-        stages["prompt_ids"] = prompt_ids
-        stages["thinker_hidden"] = thinker.hidden_states[0][layer][0] if model.has_talker else _embeddings(thinker)
-        stages["thinker_logits"] = torch.cat(thinker.logits)
-        stages["text_ids"] = thinker.sequences[0, len(prompt_ids) :]
-        if talker is not None:
-            codes = [hidden[-1][0] for hidden in talker.hidden_states if hidden[-1] is not None]
-            stages["talker_inputs"] = talker_inputs[0]
-            stages["talker_logits"] = torch.cat(talker.logits)[: len(codes)]
-            stages["codes"] = torch.stack(codes)
-            stages["waveform"] = _causal_decoder(model)(stages["codes"].T[None])[0, 0]
-        return {name: _plain(stages[name]) for name in STAGES if name in stages}
+        return _transformers_model(folder, dtype, device)
 
 
 def _transformers_model(folder: Path, dtype: torch.dtype, device: str) -> Any:
@@ -190,13 +205,9 @@ def _features(model: Any, clips: Sequence[tuple[Samples, int]]) -> tuple[dict[st
         mel = extract(wave, sampling_rate=rate, padding=True, truncation=False, return_tensors="pt").input_features[0]
         mels.append(mel[:, : len(wave) // rate * 100 + len(wave) % rate // extract.hop_length])
     tower = model.thinker.model.audio_tower
-    with torch.no_grad():
-        lengths = [torch.tensor([mel.shape[1]], device=model.device) for mel in mels]
-        clips_out = [tower(m.to(model.device), feature_lens=n) for m, n in zip(mels, lengths, strict=True)]
-    features = torch.cat([out.last_hidden_state for out in clips_out])
-    out = clips_out[0]
-    out.last_hidden_state = features
-    model.thinker.model.get_audio_features = lambda *args, **kwargs: out  # one call would pad clips to the longest
+    lengths = [torch.tensor([mel.shape[1]], device=model.device) for mel in mels]
+    encoded = [tower(m.to(model.device), feature_lens=n) for m, n in zip(mels, lengths, strict=True)]
+    features = torch.cat([out.last_hidden_state for out in encoded])
     longest = max(mel.shape[1] for mel in mels)
     padded = torch.stack([torch.nn.functional.pad(mel, (0, longest - mel.shape[1])) for mel in mels])
     mask = torch.stack([(torch.arange(longest) < mel.shape[1]).long() for mel in mels])
@@ -204,55 +215,56 @@ def _features(model: Any, clips: Sequence[tuple[Samples, int]]) -> tuple[dict[st
     return inputs, {"mel": torch.cat(mels, 1), "audio_features": features}
 
 
+class _Enough(Exception):
+    """Ends transformers' generate() after the Talker: what follows is the decoder that is not the oracle."""
+
+
 def _generate(
-    model: Any, case: Case, ids: Tensor, inputs: dict[str, Tensor], voice: str | None
+    model: Any, case: Case, ids: Tensor, inputs: dict[str, Tensor], stages: dict[str, Tensor], speaks: bool
 ) -> tuple[Any, Any, Any]:
-    """transformers' own generate(), with what passes between its stages caught on the way."""
+    """What the Thinker gives, the Talker's input and what the Talker gives, caught from transformers' generate()."""
     caught: dict[str, Any] = {}
 
-    def catching(name: str, generate: Any) -> Any:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            caught[name + "_inputs"] = kwargs.get("inputs_embeds")
-            caught[name] = generate(*args, **kwargs)
-            return caught[name]
+    def text(*args: Any, **kwargs: Any) -> Any:
+        caught["thinker"] = type(model.thinker).generate(model.thinker, *args, **kwargs)
+        return caught["thinker"]
 
-        return run
+    def codes(*args: Any, **kwargs: Any) -> Any:
+        caught["inputs"] = kwargs["inputs_embeds"]
+        caught["talker"] = type(model.talker).generate(model.talker, *args, **kwargs)
+        raise _Enough
 
-    model.thinker.generate = catching("thinker", model.thinker.generate)
-    thinker = {"max_new_tokens": case.max_text_tokens, "do_sample": False, "output_logits": True}
+    def features(*args: Any, **kwargs: Any) -> Any:  # one call for all clips would pad them to the longest
+        return SimpleNamespace(last_hidden_state=stages["audio_features"], pooler_output=stages["audio_features"])
+
+    everything = {"output_hidden_states": True, "return_dict_in_generate": True}
     common = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None]), **inputs}
-    if voice is None:
-        more = {
-            "output_hidden_states": True,
-            "return_dict_in_generate": True,
-            "eos_token_id": model.config.im_end_token_id,
-        }
-        model.thinker.generate(**common, **thinker, **more)
-        return caught["thinker"], None, None
-    model.talker.generate = catching("talker", model.talker.generate)
-    model.generate(
-        **common,
-        **{f"thinker_{name}": value for name, value in thinker.items()},
-        thinker_eos_token_id=model.config.im_end_token_id,
-        speaker=voice,
-        talker_do_sample=False,
-        talker_max_new_tokens=case.max_frames + 1,
-        talker_repetition_penalty=case.repetition_penalty,
-        talker_output_logits=True,
-    )
-    return caught["thinker"], caught["talker_inputs"], caught["talker"]
+    thinker = {"max_new_tokens": case.max_text_tokens, "do_sample": False, "output_logits": True}
+    thinker["eos_token_id"] = model.config.im_end_token_id
+    with patch.object(model.thinker.model, "get_audio_features", features), suppress(_Enough):
+        if not speaks:
+            return model.thinker.generate(**common, **thinker, **everything), None, None
+        with patch.object(model.thinker, "generate", text), patch.object(model.talker, "generate", codes):
+            model.generate(
+                **common,
+                **{f"thinker_{name}": value for name, value in thinker.items()},
+                speaker=case.voice,
+                talker_do_sample=False,
+                talker_max_new_tokens=case.max_frames + 1,
+                talker_repetition_penalty=case.repetition_penalty,
+                talker_output_logits=True,
+            )
+    return caught["thinker"], caught["inputs"], caught["talker"]
 
 
-def _embeddings(thinker: Any) -> Tensor:
-    return thinker.hidden_states[0][0][0]
-
-
-def _causal_decoder(model: Any) -> Any:
-    """transformers' Code2Wav as the exact oracle: transposed convolutions keep their left edge (facts 5.4)."""
-    for module in model.code2wav.modules():
-        if hasattr(module, "left_pad"):
-            module.left_pad = 0
-    return torch.no_grad()(model.code2wav)
+def causal_waveform(model: Any, codes: Tensor) -> Tensor:
+    """transformers' Code2Wav [B, N] of codes [B, Q, T] as the exact oracle: its transposed convolutions keep their
+    left edge (facts 5.4)."""
+    with ExitStack() as stack, torch.no_grad():
+        for module in model.code2wav.modules():
+            if hasattr(module, "left_pad"):
+                stack.enter_context(patch.object(module, "left_pad", 0))
+        return model.code2wav(codes)[:, 0]
 
 
 @contextmanager
@@ -267,10 +279,12 @@ def _quiet() -> Iterator[None]:
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    logging.set_verbosity(level)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
 
 
 # ------------------------------------------------------------------------------------------- comparison
@@ -351,7 +365,8 @@ def verify(
     else:
         said = int((ours["text_ids"] != im_end).sum())
         spoken = said if ours["text_ids"][-1] == im_end else said - 1
-        theirs = reference(folder, case, ours["prompt_ids"], spoken, voice, dtype, device)
+        speaks = voice is not None and spoken > 0
+        theirs = reference_stages(load_reference(folder, dtype, device), case, ours["prompt_ids"], speaks)
     if write_golden is not None:
         write_safetensors(write_golden, theirs)
     return compare(ours, theirs, dtype), ours, dtype

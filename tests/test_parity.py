@@ -1,0 +1,709 @@
+"""Stage by stage the same as transformers' released classes, on random checkpoints of six shapes."""
+
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from antiphon.audio import Samples, normalize
+from antiphon.code2wav import Code2Wav
+from antiphon.errors import WeightsError
+from antiphon.evaluate.parity import (
+    STAGES,
+    Case,
+    Difference,
+    causal_waveform,
+    compare,
+    ensure_tokenizer,
+    load_reference,
+    reference_stages,
+    trace,
+    verify,
+)
+from antiphon.generate import Omni, Reply, collect, load
+from antiphon.model import Boxes, Speech
+from antiphon.talker import Rows, talker_prompt
+from antiphon.weights import read_safetensors, write_safetensors
+from tests.conftest import Pair
+from tests.shapes import SHAPES, write_shape
+
+Pairs = Callable[[str], Pair]
+Checkpoints = Callable[[str], Path]
+Note = Callable[[list[Difference]], None]
+
+# seconds; silence is exact zeros
+DURATIONS = {"0.05": 0.05, "0.99": 0.99, "1": 1.0, "8": 8.0, "16": 16.0, "31.7": 31.7, "silence": 2.0}
+LAYOUTS = ("before", "after", "between", "bare")  # where the text of a turn stands
+TEXTS = (
+    "What did you hear?",
+    "Который час?",
+    "今天天气很好，",
+    "and then, 12 345 times <|im_end|>",
+    "  two\n\nlines\n",
+)
+ANSWERS = ("It was a voice.", "Sieben 🙂 o'clock.")
+VOICES = ("chelsie", "ethan", "aiden")
+
+
+def sound(seconds: float, rate: int = 16000, seed: int = 0) -> Samples:
+    """A tone that wanders in noise. The first third is so quiet that the floor of the log-mel decides about it."""
+    t = np.arange(round(seconds * rate)) / rate
+    noise = np.random.default_rng(seed).standard_normal(len(t))
+    x = 0.4 * np.sin(2 * np.pi * (180 + 37 * seed + 60 * np.sin(5 * t)) * t) + 0.05 * noise
+    x *= 0.6 + 0.4 * np.sin(2 * np.pi * 3.3 * t)
+    x[: len(x) // 3] *= 3e-5
+    return x.astype(np.float32)
+
+
+def clip(duration: str, rate: int, seed: int) -> tuple[Samples, int]:
+    x = sound(DURATIONS[duration], rate, seed)
+    return (x * 0 if duration == "silence" else x), rate
+
+
+# ------------------------------------------------------------------------------------------------ cases
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A case in words."""
+
+    shape: str
+    turns: int  # of the user; answers stand between them
+    clips: int  # in every turn
+    other_window: bool  # not the checkpoint's own
+    layout: str
+    rate: int
+    system: bool
+    penalty: float
+    durations: tuple[str, ...]  # of the clips in order
+    number: int = 0
+
+    def __str__(self) -> str:
+        window = f"window{self.window}" if self.other_window else "released"
+        system = "-system" if self.system else ""
+        durations = ",".join(self.durations)
+        return (
+            f"{self.shape}-{self.turns}x{self.clips}-{window}-{self.layout}-{self.rate}-{self.penalty}"
+            f"{system}-{durations}"
+        )
+
+    @property
+    def window(self) -> int | None:
+        """Seconds, None for the checkpoint's own."""
+        own = SHAPES[self.shape].get("window", 800) // 100
+        return [w for w in (1, 2, 4, 8) if w != own][self.number % 3] if self.other_window else None
+
+    def pairs(self) -> set[frozenset[tuple[str, Any]]]:
+        """The pairs of circumstances that it puts to the test."""
+        common = [(name, getattr(self, name)) for name in ("shape", "turns", "clips", "other_window")]
+        return {frozenset(p) for d in self.durations for p in combinations([*common, ("duration", d)], 2)}
+
+    def case(self) -> Case:
+        turns: list[list[str | tuple[Samples, int]]] = []
+        for turn in range(self.turns):
+            texts = [TEXTS[(self.number + turn + i) % len(TEXTS)] for i in range(self.clips)]
+            heard = self.durations[turn * self.clips : (turn + 1) * self.clips]
+            sounds = [clip(d, self.rate, self.number + i) for i, d in enumerate(heard)]
+            if self.layout == "between":
+                parts = [part for together in zip(sounds, texts, strict=True) for part in together]
+            else:
+                before, after = texts[:1] * (self.layout == "before"), texts[:1] * (self.layout == "after")
+                parts = [*before, *sounds, *after]
+            turns += [parts, [ANSWERS[turn % 2]]]
+        system = "You listen, and you answer briefly." if self.system else None
+        voice = VOICES[self.number % 3]
+        return Case(turns[:-1], system, voice, 6, 6, self.penalty, self.window)
+
+
+def pairwise() -> list[Spec]:
+    """Cases in which every pair of shape, turns, clips, window and duration occurs, chosen greedily."""
+    rng, specs = random.Random(0), list[Spec]()
+    levels = (SHAPES, (1, 2, 3), (1, 2, 3), (False, True), DURATIONS)
+    names = ("shape", "turns", "clips", "other_window", "duration")
+    values = [[(name, value) for value in level] for name, level in zip(names, levels, strict=True)]
+    missing = {frozenset(p) for a, b in combinations(values, 2) for p in product(a, b)}
+    while missing:
+        number = len(specs)
+        choices = [_random_spec(rng, number) for _ in range(600)]
+        specs.append(max(choices, key=lambda spec: (len(spec.pairs() & missing), -len(spec.durations))))
+        missing -= specs[-1].pairs()
+    return specs
+
+
+def _random_spec(rng: random.Random, number: int) -> Spec:
+    turns, clips = rng.randint(1, 3), rng.randint(1, 3)
+    durations = tuple(rng.choice([*DURATIONS]) for _ in range(turns * clips))
+    penalty, rate = (1.0, 1.05)[number // 2 % 2], (16000, 24000)[number % 2]
+    shape, layout, system = rng.choice([*SHAPES]), LAYOUTS[number % 4], number // 4 % 2 == 1
+    return Spec(shape, turns, clips, rng.random() < 0.5, layout, rate, system, penalty, durations, number)
+
+
+def whole_product() -> list[Spec]:
+    """Every shape x duration x turns x clips x window, the other circumstances taking turns."""
+    kinds, specs = [*DURATIONS], list[Spec]()
+    for shape, first, turns, clips, other in product(SHAPES, range(len(kinds)), (1, 2, 3), (1, 2, 3), (False, True)):
+        n = len(specs)
+        durations = tuple(kinds[(first + i) % len(kinds)] for i in range(turns * clips))
+        penalty, rate = (1.0, 1.05)[n // 3 % 2], (16000, 24000)[n // 2 % 2]
+        specs.append(Spec(shape, turns, clips, other, LAYOUTS[n % 4], rate, n % 3 == 1, penalty, durations, n))
+    return specs
+
+
+PAIRWISE = pairwise()
+
+
+def test_the_cases_are_pairwise_and_few() -> None:
+    occur = set[frozenset[tuple[str, Any]]]().union(*(spec.pairs() for spec in PAIRWISE))
+    shapes, lengths = [("shape", s) for s in SHAPES], [("duration", d) for d in DURATIONS]
+    turns, clips = [("turns", n) for n in (1, 2, 3)], [("clips", n) for n in (1, 2, 3)]
+    windows = [("other_window", False), ("other_window", True)]
+    for a, b in combinations((shapes, lengths, turns, clips, windows), 2):
+        assert {frozenset(p) for p in product(a, b)} <= occur
+    assert len(PAIRWISE) <= 24
+    for name, levels in (("layout", LAYOUTS), ("rate", (16000, 24000)), ("penalty", (1.0, 1.05))):
+        assert {getattr(spec, name) for spec in PAIRWISE} == set(levels)
+    assert {spec.system for spec in PAIRWISE} == {True, False}
+
+
+# ----------------------------------------------------------------------------------------------- proofs
+
+
+def table(rows: list[Difference]) -> str:
+    lines = [f"{r.stage:16} {list(r.shape)!s:14} {r.difference:9.1e} <= {r.tolerance:.0e} {r.note}" for r in rows]
+    return "\n" + "\n".join(line + ("" if row.agrees else "  <-") for line, row in zip(lines, rows, strict=True))
+
+
+def agreed(pair: Pair, case: Case, note: Note) -> dict[str, Tensor]:
+    """Our stages, after both implementations were found to agree on every one."""
+    ours = trace(pair.ours, case)
+    ended = int(ours["text_ids"][-1]) == pair.ours.config.im_end_token_id
+    speaks = len(ours["text_ids"]) > 1 and pair.ours.speech is not None
+    assert not ended or pair.ours.config.im_end_token_id not in ours["text_ids"][:-1]
+    rows = compare(ours, reference_stages(pair.theirs, case, ours["prompt_ids"], speaks), torch.float32)
+    note(rows)
+    assert all(row.agrees for row in rows), table(rows)
+    return ours
+
+
+def assert_means_something(stages: dict[str, Tensor]) -> None:
+    """Comparing zeros, constants or a clamped waveform would prove nothing."""
+    assert set(stages) == set(STAGES)
+    assert len(stages["text_ids"].unique()) > 1
+    assert len(stages["codes"].unique(dim=0)) > 1
+    assert len(stages["codes"][:, 0].unique()) > 1
+    wave = stages["waveform"]
+    assert float((wave.abs() >= 1).float().mean()) < 0.01
+    assert 0.05 < float(wave.square().mean().sqrt()) < 0.6
+    for name in ("audio_features", "thinker_hidden", "thinker_logits", "talker_inputs", "talker_logits"):
+        assert 0.05 < float(stages[name].std()) < 50, name
+
+
+@pytest.mark.parametrize("spec", PAIRWISE, ids=str)
+def test_equal_to_transformers(spec: Spec, pair: Pairs, note: Note) -> None:
+    stages = agreed(pair(spec.shape), spec.case(), note)
+    assert_means_something(stages)
+    assert len(stages["codes"]) == 6
+    assert len(stages["text_ids"]) == 6
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("spec", whole_product(), ids=str)
+def test_equal_to_transformers_everywhere(spec: Spec, pair: Pairs, note: Note) -> None:
+    agreed(pair(spec.shape), spec.case(), note)
+
+
+def one_turn(*parts: str | tuple[Samples, int], **changes: Any) -> Case:
+    options = {"voice": "ethan", "max_text_tokens": 6, "max_frames": 6} | changes
+    return Case([parts or [clip("1", 16000, 1), TEXTS[0]]], **options)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equal_without_any_sound(shape: str, pair: Pairs, note: Note) -> None:
+    case = Case([["Say something."], ["Something."], ["More of it!"]], "Be brief.", "aiden", 6, 6)
+    stages = agreed(pair(shape), case, note)
+    assert "audio_features" not in stages
+    assert len(stages["codes"]) == 6
+
+
+def test_equal_where_only_one_turn_has_sound(pair: Pairs, note: Note) -> None:
+    turns = [["Listen:"], ["Yes?"], [clip("1", 16000, 1)], [ANSWERS[0]], ["And what else?"]]
+    agreed(pair("base"), Case(turns, None, "chelsie", 6, 6), note)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_answer_depends_on_the_sound(shape: str, pair: Pairs) -> None:
+    """Else everything after AuT would be compared over one and the same input."""
+    model = pair(shape).ours
+    quiet, loud = (trace(model, one_turn((sound(1.0, seed=seed), 16000), "What?")) for seed in (1, 5))
+    for name in ("mel", "audio_features", "thinker_hidden", "talker_inputs"):
+        assert float((quiet[name] - loud[name]).abs().max() / quiet[name].abs().max()) > 0.01, name
+    assert float((quiet["thinker_logits"][0] - loud["thinker_logits"][0]).abs().max()) > 0.01
+
+
+def test_the_floor_of_the_mel_is_the_whole_files(pair: Pairs) -> None:
+    """The start of the clips is quieter than the floor that their loudest part sets, but not than its own."""
+    model = pair("base").ours
+    x = torch.from_numpy(sound(31.7))
+    mel = model.log_mel(x[None])[0]
+    start = mel[:800]
+    assert float((normalize(start, mel.amax()) - normalize(start, start.amax())).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("penalty", [0.8, 1.0, 1.05, 1.3])
+@pytest.mark.parametrize("shape", ["base", "dense"])
+def test_equal_with_any_repetition_penalty(shape: str, penalty: float, pair: Pairs, note: Note) -> None:
+    agreed(pair(shape), one_turn(max_frames=20, repetition_penalty=penalty), note)
+
+
+def test_the_repetition_penalty_changes_codes(pair: Pairs) -> None:
+    plain, strong = (
+        trace(pair("dense").ours, one_turn(max_frames=20, repetition_penalty=p))["codes"] for p in (1.0, 1.3)
+    )
+    assert not torch.equal(plain, strong)
+
+
+# ------------------------------------------------------------------------------------- where answers end
+
+
+@contextmanager
+def swapped(i: int, j: int, *heads: Any) -> Iterator[None]:
+    """Rows `i` and `j` of each head change places: the model says the one id where it would have said the other."""
+
+    def swap() -> None:
+        with torch.no_grad():
+            for head in heads:
+                head.weight[[i, j]] = head.weight[[j, i]]
+
+    swap()
+    try:
+        yield
+    finally:
+        swap()
+
+
+def reply_of(model: Omni, case: Case) -> Reply:
+    session = model.session(case.system)
+    for turn, parts in enumerate(case.turns):
+        content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "audio", "audio": p} for p in parts]
+        session.append_message({"role": ("user", "assistant")[turn % 2], "content": content})
+    return collect(session.respond(case.options))
+
+
+def answer_ending_at(pair: Pair, case: Case, place: int) -> Any:
+    """Makes the Thinker end its answer where token `place` would stand."""
+    ids, end = trace(pair.ours, case)["text_ids"], pair.ours.config.im_end_token_id
+    assert int(ids[place]) not in ids[:place]
+    return swapped(int(ids[place]), end, pair.ours.thinker.lm_head, pair.theirs.thinker.lm_head)
+
+
+def speech_ending_at(pair: Pair, case: Case, frame: int) -> Any:
+    """Makes the Talker end its speech where `frame` would stand."""
+    speech, codes = pair.ours.speaking(), trace(pair.ours, case)["codes"][:, 0]
+    assert int(codes[frame]) not in codes[:frame]
+    end = speech.talker.config.codec_eos_token_id
+    return swapped(int(codes[frame]), end, speech.talker.codec_head, pair.theirs.talker.codec_head)
+
+
+@pytest.mark.parametrize("place", [1, 2, 4])
+@pytest.mark.parametrize("shape", ["base", "odd", "mixed"])
+def test_an_answer_that_ends_is_spoken_without_its_end(shape: str, place: int, pair: Pairs, note: Note) -> None:
+    both, case = pair(shape), one_turn(max_frames=8)
+    with answer_ending_at(both, case, place):
+        stages = agreed(both, case, note)
+        reply = reply_of(both.ours, case)
+    assert len(stages["text_ids"]) == place + 1
+    assert int(stages["text_ids"][-1]) == both.ours.config.im_end_token_id
+    assert reply.text_ids == stages["text_ids"][:-1].tolist()
+    assert torch.equal(reply.codes, stages["codes"])
+
+
+def test_the_token_that_reaches_the_limit_is_not_spoken(pair: Pairs, note: Note) -> None:
+    """Of n tokens the Talker gets n - 1, so the same words come out whatever the last token is."""
+    both, case = pair("base"), one_turn(max_text_tokens=4, max_frames=8)
+    stages = agreed(both, case, note)
+    with answer_ending_at(both, case, 3):
+        ended = agreed(both, case, note)
+    assert stages["text_ids"][3] != ended["text_ids"][3]
+    assert torch.equal(stages["codes"], ended["codes"])
+    more = agreed(both, replace(case, max_text_tokens=5), note)
+    assert torch.equal(more["text_ids"][:4], stages["text_ids"])
+    assert not torch.equal(more["codes"], stages["codes"])
+
+
+@pytest.mark.parametrize("shape", ["base", "routed"])
+def test_no_words_no_sound(shape: str, pair: Pairs, note: Note) -> None:
+    both, case = pair(shape), one_turn()
+    with answer_ending_at(both, case, 0):
+        stages = agreed(both, case, note)
+        reply = reply_of(both.ours, case)
+    assert stages["text_ids"].tolist() == [both.ours.config.im_end_token_id]
+    assert (reply.text, reply.text_ids, reply.finish) == ("", [], "stop")
+    assert reply.codes.shape == (0, both.ours.config.talker.num_code_groups if both.ours.config.talker else 0)
+    assert reply.audio.shape == (0,)
+    assert reply.audio.dtype == np.float32
+
+
+def test_a_limit_of_one_token_gives_text_and_no_sound(pair: Pairs, note: Note) -> None:
+    both, case = pair("base"), one_turn(max_text_tokens=1)
+    stages = agreed(both, case, note)
+    reply = reply_of(both.ours, case)
+    assert "codes" not in stages
+    assert reply.text_ids == stages["text_ids"].tolist()
+    assert (len(reply.text_ids), len(reply.audio), reply.finish) == (1, 0, "length")
+
+
+@pytest.mark.parametrize("frame", [0, 1, 3])
+def test_speech_that_ends_early(frame: int, pair: Pairs, note: Note) -> None:
+    both, case = pair("odd"), one_turn()
+    with speech_ending_at(both, case, frame):
+        stages = agreed(both, case, note)
+        reply = reply_of(both.ours, case)
+    assert ("codes" in stages) == (frame > 0)
+    assert len(reply.codes) == frame
+    assert len(reply.audio) == 1920 * frame
+    assert len(reply.text_ids) == 6  # the text goes on
+
+
+# --------------------------------------------------------------------------------------- boxes by themselves
+
+
+def assert_close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> float:
+    assert ours.shape == theirs.shape
+    gap = float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
+    assert gap <= tolerance
+    return gap
+
+
+FRAMES = (5, 37, 99, 100, 101, 200, 370, 800, 801, 1650, 2000)  # of mel: 0.05 s to 20 s
+
+
+@pytest.mark.parametrize("window", [1, 2, 4, 8])
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_aut_at_every_window(shape: str, window: int, pair: Pairs) -> None:
+    both = pair(shape)
+    tower = both.theirs.thinker.model.audio_tower
+    whole, released = both.ours.log_mel(torch.from_numpy(sound(20.5))[None]), tower.n_window_infer
+    try:
+        tower.n_window_infer = 100 * window
+        for frames in FRAMES:
+            mel = whole[:, 2050 - frames :]
+            normal = normalize(mel, mel.amax())[0].T
+            theirs = tower(normal, feature_lens=torch.tensor([frames])).last_hidden_state
+            ours = both.ours.aut(mel, window=window, peak=mel.amax((1, 2)))[0]
+            assert_close(ours, theirs)
+            assert len(ours) == 13 * (frames // 100) + -(-(frames % 100) // 8)
+    finally:
+        tower.n_window_infer = released
+
+
+def test_windows_differ(pair: Pairs) -> None:
+    model = pair("base").ours
+    mel = model.log_mel(torch.from_numpy(sound(20.5))[None])
+    with torch.no_grad():
+        narrow, wide = (model.aut(mel, window=window, peak=mel.amax((1, 2)))[0] for window in (1, 8))
+    assert float((narrow - wide).abs().max() / wide.abs().max()) > 1e-3
+
+
+def random_codes(speech: Speech, frames: int, seed: int = 0) -> Tensor:
+    """[1, T, Q]."""
+    c = speech.code2wav.config
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, c.codebook_size, (1, frames, c.num_quantizers), generator=generator)
+
+
+def frame_by_frame(decoder: Code2Wav, codes: Tensor) -> Tensor:
+    state = decoder.init_state(1, codes.device, torch.float32)
+    return torch.cat([decoder(frame, state) for frame in codes.split(1, 1)], 1)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 30, 100])
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_code2wav_every_sample(shape: str, frames: int, pair: Pairs) -> None:
+    both = pair(shape)
+    speech = both.ours.speaking()
+    codes = random_codes(speech, frames)
+    theirs = causal_waveform(both.theirs, codes.mT)
+    assert theirs.shape == (1, frames * speech.code2wav.config.frame_samples)
+    assert_close(speech.code2wav(codes), theirs)
+    assert_close(frame_by_frame(speech.code2wav, codes), theirs)
+    assert float((theirs.abs() >= 1).float().mean()) < 0.01
+    assert frames < 30 or 0.1 < float(theirs.square().mean().sqrt()) < 0.4
+
+
+@pytest.mark.parametrize("shape", ["base", "odd", "deep"])
+@torch.no_grad()
+def test_code2wav_is_the_published_decoder_moved(shape: str, pair: Pairs) -> None:
+    """transformers' own crop loses the first samples of every stage; past the start both say the same (facts 5.4)."""
+    both = pair(shape)
+    decoder = both.ours.speaking().code2wav
+    rates = decoder.config.upsample_rates
+    early = sum(rate * int(np.prod(rates[i + 1 :])) for i, rate in enumerate(rates))
+    codes = random_codes(both.ours.speaking(), 30)
+    published, ours = both.theirs.code2wav(codes.mT)[:, 0], decoder(codes)
+    assert published.shape[1] == ours.shape[1] - early
+    assert shape != "base" or early == 555
+    start = 8 * decoder.config.frame_samples
+    assert_close(ours[:, start + early :], published[:, start:])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_mtp_scores(shape: str, pair: Pairs) -> None:
+    """Teacher-forced as training sees them: transformers' scores, and those that generation chooses from."""
+    both, frames = pair(shape), 5
+    speech = both.ours.speaking()
+    mtp, predictor = speech.mtp, both.theirs.talker.code_predictor
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(frames, mtp.config.hidden_size, generator=generator)
+    codes = random_codes(speech, frames)[0]
+    first = speech.talker.model.codec_embedding(codes[:, 0])
+    scores = mtp.logits(hidden, first, codes[:, 1:])
+    assert scores.shape == (frames, mtp.codebooks - 1, mtp.config.vocab_size)
+
+    tables = predictor.get_input_embeddings()
+    embedded = [tables[i](codes[:, i + 1]) for i in range(mtp.codebooks - 2)]
+    for i in range(mtp.codebooks - 1):  # its class scores the last of a whole prefix
+        prefix = torch.stack([hidden, first, *embedded[:i]], 1)
+        assert_close(scores[:, i], predictor(inputs_embeds=prefix).logits[:, -1])
+
+    chosen_from: list[Tensor] = []
+
+    def choose(logits: Tensor, codebook: int) -> Tensor:
+        assert codebook == len(chosen_from) + 1
+        chosen_from.append(logits)
+        return codes[:, codebook]
+
+    state = mtp.init_state(frames, hidden.device, hidden.dtype)
+    for _ in range(2):  # a frame leaves nothing behind
+        chosen_from.clear()
+        drawn, total = mtp.predict(hidden, first, choose, state)
+        assert torch.equal(drawn, codes[:, 1:])
+        assert_close(torch.stack(chosen_from, 1), scores)
+        assert_close(first + total, speech.frame_embedding(codes))
+
+
+def user_positions(model: Boxes, ids: list[int]) -> list[int]:
+    """Positions of the user turns, from <|im_start|> to the line end."""
+    c, places, role = model.config, list[int](), None
+    for place, token in enumerate(ids):
+        if token == c.im_start_token_id:
+            role = ids[place + 1]
+        if role == c.user_token_id:
+            places.append(place)
+    return places
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_talker_prompt_is_what_a_session_feeds(shape: str, pair: Pairs) -> None:
+    """The layout that training sees at once is what a conversation feeds turn by turn and frame by frame."""
+    model = pair(shape).ours
+    speech, talker = model.speaking(), model.config.talker
+    assert talker is not None
+    turns = [["Who?", clip("1", 24000, 2)], [ANSWERS[1]], [clip("0.05", 16000, 3), clip("8", 16000, 4), "And who?"]]
+    fed: list[Tensor] = []
+    hook = speech.talker.register_forward_pre_hook(lambda module, args: fed.append(args[0]))
+    try:
+        case = Case(turns, "You are kind.", "chelsie", 4, 8)
+        stages = trace(model, case)
+    finally:
+        hook.remove()
+
+    ids, codes = stages["prompt_ids"].tolist(), stages["codes"]
+    places = user_positions(model, ids)
+    assert len(places) < len(ids) - 10  # without the system's and the assistant's turns
+    text, frames = stages["text_ids"].tolist()[:-1], len(codes) - 1
+    newline, speaker = model.tokenizer.encode("\n")[0], talker.speaker_id["chelsie"]
+    user = [ids[i] for i in places]
+    rows = talker_prompt(model.config, user, newline, speaker, text, frames)
+    accept = torch.zeros(len(rows.text), stages["thinker_hidden"].shape[1])
+    accept[: len(places)] = stages["thinker_hidden"][places]
+    assert model.config.audio_token_id in user
+    assert model.config.audio_token_id not in rows.text[len(user) :]
+    expected = model.embed_rows(rows, accept)
+    expected[:, len(user) + 9 :] += speech.frame_embedding(codes[:-1])
+    assert_close(torch.cat(fed, 1), expected)
+    assert_close(stages["talker_inputs"][None], expected[:, : len(user) + 9])
+
+    hidden = speech.talker(expected)[0, len(user) + 8 :]  # at once, as in training
+    assert_close(speech.talker.codec_head(hidden), stages["talker_logits"])
+    scores = speech.mtp.logits(hidden, speech.talker.model.codec_embedding(codes[:, 0]), codes[:, 1:])
+    assert torch.equal(scores.argmax(-1), codes[:, 1:])
+
+
+def test_talker_prompt_in_numbers(pair: Pairs) -> None:
+    """The table of facts 4.2, spelled out."""
+    c = pair("base").ours.config
+    talker = c.talker
+    assert talker is not None
+    rows = talker_prompt(c, [5, 6], 198, 84, [11, 12, 13], 5)
+    opening = [c.im_start_token_id, c.assistant_token_id, 198, *[c.tts_pad_token_id] * 4, c.tts_bos_token_id, 11]
+    assert rows.text == [5, 6, *opening, 12, 13, c.tts_eos_token_id, c.tts_pad_token_id, c.tts_pad_token_id]
+    control = [talker.codec_nothink_id, talker.codec_think_bos_id, talker.codec_think_eos_id, 84]
+    assert rows.codec == [-1] * 5 + [*control, talker.codec_pad_id, talker.codec_bos_id] + [-1] * 5
+    assert rows == Rows(rows.text[:4], rows.codec[:4]) + Rows(rows.text[4:], rows.codec[4:])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_the_thinker_scores_a_whole_answer_as_it_gave_it(shape: str, pair: Pairs) -> None:
+    model = pair(shape).ours
+    stages = trace(model, one_turn())
+    ids = torch.cat([stages["prompt_ids"], stages["text_ids"][:-1]])
+    assert model.config.audio_token_id not in stages["text_ids"]
+    hidden = model.thinker(model.embed_prompt(ids, stages["audio_features"])[None])[0][0]
+    assert_close(model.thinker.logits(hidden[len(stages["prompt_ids"]) - 1 :]), stages["thinker_logits"])
+
+
+# ---------------------------------------------------------------------------------------------- verify
+
+
+def copied(source: Path, target: Path, without: tuple[str, ...] = ()) -> Path:
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*without))
+    return target
+
+
+def perturb(folder: Path, name: str) -> None:
+    """Every value of one tensor on disk grows by a hundredth."""
+    for path in folder.glob("*.safetensors"):
+        tensors = read_safetensors(path)
+        if name in tensors:
+            tensors[name] *= 1.01
+            write_safetensors(path, tensors)
+            return
+    raise AssertionError(f"there is no {name}")
+
+
+QUICK = one_turn()
+
+
+@pytest.fixture(scope="module")
+def golden(checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A golden file of the base shape, written by a comparison that agreed."""
+    path = tmp_path_factory.mktemp("golden") / "golden.safetensors"
+    rows, ours, dtype = verify(checkpoint("base"), QUICK, write_golden=path)
+    assert dtype == torch.float32
+    assert [row.stage for row in rows] == list(STAGES) == list(ours)
+    assert all(row.agrees for row in rows), table(rows)
+    return path
+
+
+def test_verify_with_a_golden_file(golden: Path, checkpoint: Checkpoints) -> None:
+    assert set(read_safetensors(golden)) == set(STAGES)
+    rows, _, _ = verify(checkpoint("base"), QUICK, golden=golden)
+    assert all(row.agrees for row in rows), table(rows)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "stage"),
+    [
+        ("thinker.audio_tower.conv2d2.weight", "audio_features"),
+        ("thinker.audio_tower.proj2.bias", "audio_features"),
+        ("thinker.model.layers.0.mlp.gate.weight", "thinker_hidden"),
+        ("thinker.model.layers.1.self_attn.k_norm.weight", "thinker_hidden"),
+        ("thinker.model.layers.2.post_attention_layernorm.weight", "thinker_logits"),  # past the accept layer, 2
+        ("thinker.lm_head.weight", "thinker_logits"),
+        ("talker.text_projection.linear_fc1.bias", "talker_inputs"),
+        ("talker.hidden_projection.linear_fc2.weight", "talker_inputs"),
+        ("talker.model.layers.1.mlp.shared_expert_gate.weight", "talker_logits"),
+        ("talker.codec_head.weight", "talker_logits"),
+        ("code2wav.decoder.1.block.0.alpha", "waveform"),
+        ("code2wav.pre_transformer.layers.1.self_attn_layer_scale.scale", "waveform"),
+    ],
+)
+def test_verify_names_the_first_stage_that_differs(
+    tensor: str, stage: str, golden: Path, checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    folder = copied(checkpoint("base"), tmp_path / "perturbed")
+    perturb(folder, tensor)
+    rows, _, _ = verify(folder, QUICK, golden=golden)
+    assert next(row.stage for row in rows if not row.agrees) == stage, table(rows)
+
+
+def test_verify_names_wrong_codes(golden: Path, checkpoint: Checkpoints, tmp_path: Path) -> None:
+    folder = copied(checkpoint("base"), tmp_path / "wrong")
+    path = next(
+        p for p in folder.glob("*.safetensors") if "talker.code_predictor.lm_head.2.weight" in read_safetensors(p)
+    )
+    tensors = read_safetensors(path)
+    tensors["talker.code_predictor.lm_head.2.weight"] *= -1
+    write_safetensors(path, tensors)
+    rows, _, _ = verify(folder, QUICK, golden=golden)
+    wrong = [row for row in rows if not row.agrees]
+    # codes are fed back, so from the second frame on the scores of codebook 0 are others too
+    assert {row.stage for row in wrong} == {"talker_logits", "codes", "waveform"}
+    assert next(row for row in wrong if row.stage == "codes").tolerance == 0
+
+
+def test_verify_says_what_is_missing_or_of_another_length(golden: Path, checkpoint: Checkpoints) -> None:
+    rows, _, _ = verify(checkpoint("base"), replace(QUICK, max_frames=4), golden=golden)
+    wrong = {row.stage: row.note for row in rows if not row.agrees}
+    assert wrong["codes"] == "reference has [6, 4]"
+    assert set(wrong) == {"talker_logits", "codes", "waveform"}
+    rows, _, _ = verify(checkpoint("base"), replace(QUICK, max_text_tokens=1), golden=golden)
+    assert {row.stage: row.note for row in rows}["codes"] == "missing in antiphon"
+
+
+def test_verify_without_tokenizer_files(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    folder = copied(checkpoint("mixed"), tmp_path / "bare", ("tokenizer*",))
+    model = load(folder)
+    assert ensure_tokenizer(model)
+    assert not ensure_tokenizer(model)
+    assert model.tokenizer.decode(model.tokenizer.encode("Ça va? 🙂")) == "Ça va? 🙂"
+    rows, ours, _ = verify(folder, QUICK)
+    assert all(row.agrees for row in rows), table(rows)
+    assert set(ours) == set(STAGES)
+
+
+def test_verify_at_the_default_case(checkpoint: Checkpoints) -> None:
+    rows, ours, _ = verify(checkpoint("deep"))
+    assert all(row.agrees for row in rows), table(rows)
+    assert len(ours["codes"]) == 12
+
+
+def test_verify_refuses_another_file_as_golden(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    write_safetensors(path, {"weight": torch.zeros(2)})
+    with pytest.raises(WeightsError, match=r"other\.safetensors is not a golden file"):
+        verify(checkpoint("base"), QUICK, golden=path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_equal_in_other_types(dtype: torch.dtype, checkpoint: Checkpoints) -> None:
+    """Float64 agrees as float32 does. In bfloat16 the stages before the first drawn id are within its tolerance."""
+    ours, theirs = load(checkpoint("base"), dtype=dtype), load_reference(checkpoint("base"), dtype)
+    stages = trace(ours, QUICK)
+    rows = compare(stages, reference_stages(theirs, QUICK, stages["prompt_ids"], True), dtype)
+    wide = dtype == torch.float64
+    assert all(row.agrees for row in rows if wide or row.stage in STAGES[:4]), table(rows)
+
+
+def test_a_reference_is_left_as_it_was(pair: Pairs) -> None:
+    both = pair("mixed")
+    names = [module for module in both.theirs.modules() if hasattr(module, "left_pad")]
+    before = [module.left_pad for module in names], both.theirs.thinker.model.audio_tower.n_window_infer
+    agreed(both, one_turn(window=8), lambda rows: None)
+    after = [module.left_pad for module in names], both.theirs.thinker.model.audio_tower.n_window_infer
+    assert before == after
+    assert any(before[0])
+    for owner in (both.theirs.thinker, both.theirs.talker):
+        assert "generate" not in vars(owner)
+
+
+def test_a_shape_is_reproducible(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    again = write_shape("deep", tmp_path)
+    for path in checkpoint("deep").glob("*.safetensors"):
+        first, second = read_safetensors(path), read_safetensors(again / path.name)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
