@@ -22,8 +22,9 @@ from antiphon.config import OmniConfig, read_config
 from antiphon.errors import AntiphonError, InputError
 from antiphon.evaluate.parity import Case, ensure_tokenizer, verify
 from antiphon.evaluate.parity import trace as trace_stages
+from antiphon.files import write_safetensors
 from antiphon.generate import AudioDelta, Done, Event, Omni, Options, Reply, TextDelta, load
-from antiphon.weights import find_checkpoint, released_names, write_safetensors
+from antiphon.weights import find_checkpoint, released_names
 
 app = typer.Typer(
     no_args_is_help=True,

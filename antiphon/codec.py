@@ -10,21 +10,16 @@ Shapes: R rows, N samples, T frames (inside the convolutions: steps), W width, Q
 
 from __future__ import annotations
 
-import json
-import re
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from antiphon.config import CodecConfig, parse_codec_config, read_json, to_json
-from antiphon.errors import InputError, WeightsError
+from antiphon.config import CodecConfig
+from antiphon.errors import InputError
 from antiphon.layers import Attention, LayerScale, run_layers, widened
 from antiphon.streaming import (
     CausalConv1d,
@@ -39,7 +34,6 @@ from antiphon.streaming import (
     take,
 )
 
-CODEC_FILE = "codec.safetensors"  # our own file, beside a checkpoint
 DECAY = 0.99  # of a codebook's running averages, per training step
 DEAD_SHARE = 0.1  # a code used less than this share of the average is dead
 NEW_SHARE = 0.2  # a drawn code starts as if used this share: it follows its data at once, or dies again soon
@@ -412,85 +406,3 @@ class Codec(nn.Module):
     def encode(self, wave: Tensor, num_quantizers: int | None = None) -> Tensor:
         """Codes [R, T, Q] of whole recordings [R, N], of the first `num_quantizers` codebooks or all."""
         return self(wave, num_quantizers=num_quantizers)
-
-
-# ------------------------------------------------------------------------------------------------ files
-
-# what a Mimi checkpoint holds besides: the way back to sound
-_DECODER = re.compile(r"(decoder|decoder_transformer|upsample)\.")
-_CODEBOOK = re.compile(r"quantizer\.(semantic|acoustic)_residual_vector_quantizer\.layers\.\d+\.")
-
-
-def mimi_names(codec: Codec, prefix: str = "") -> dict[str, str]:
-    """Name on disk of every tensor, in the flat layout that kyutai/mimi has and transformers 5 still writes.
-
-    Qwen3-TTS-Tokenizer-12Hz holds the same layout under the `prefix` "encoder.".
-    """
-    return {name: prefix + name.removeprefix("encoder.") for name in codec.state_dict()}
-
-
-def save_codec(codec: Codec, path: str | Path) -> Path:
-    """Write `codec` as one safetensors file that describes itself: `path`, or codec.safetensors in that folder."""
-    path = Path(path)
-    path = path / CODEC_FILE if path.is_dir() else path
-    names = mimi_names(codec)
-    tensors = {names[name]: tensor.contiguous() for name, tensor in codec.state_dict().items()}
-    save_file(tensors, path, metadata={"format": "pt", "codec_config": to_json(codec.config)})
-    return path
-
-
-def load_codec(path: str | Path, num_quantizers: int | None = None) -> Codec:
-    """Codec in eval mode from our own file, a folder that holds one, or a folder as kyutai/mimi or Qwen3-TTS's.
-
-    `num_quantizers` keeps the first codebooks only; by default all, or those that Qwen3-TTS declares valid.
-
-    Raises:
-        ConfigError: the configuration is missing or cannot be built.
-        WeightsError: no safetensors, or a tensor missing, surplus or misshapen.
-    """
-    file, config, prefix = _find(Path(path))
-    codec = Codec(replace(config, num_quantizers=num_quantizers or config.num_quantizers)).eval()
-    names = mimi_names(codec, prefix)
-    try:
-        with safe_open(file, "pt") as f:
-            _check_names(file, set(f.keys()), set(names.values()), prefix)
-            for name, tensor in codec.state_dict().items():
-                found = f.get_tensor(names[name])
-                if found.shape != tensor.shape:
-                    shapes = f"{list(found.shape)}; by its config it should be {list(tensor.shape)}"
-                    raise WeightsError(f"{file}: {names[name]} is {shapes}")
-                tensor.copy_(found)
-    except SafetensorError as error:
-        raise WeightsError(f"{file} is not readable as safetensors: {error}") from None
-    return codec
-
-
-def _find(path: Path) -> tuple[Path, CodecConfig, str]:
-    """The weights file that `path` means, its config, and the prefix of its names."""
-    own, mimi = path / CODEC_FILE if path.is_dir() else path, path / "model.safetensors"
-    if own.is_file():
-        try:
-            with safe_open(own, "pt") as f:
-                return own, parse_codec_config(json.loads((f.metadata() or {})["codec_config"])), ""
-        except (SafetensorError, KeyError, json.JSONDecodeError):
-            raise WeightsError(f"{own} is not a codec file; save_codec writes one") from None
-    if not mimi.is_file():
-        raise WeightsError(
-            f"{path} holds neither {CODEC_FILE} nor model.safetensors; convert pickled weights (.bin) to safetensors"
-        )
-    data = read_json(path / "config.json")
-    nested = data.get("encoder_config")
-    if not isinstance(nested, dict):
-        return mimi, parse_codec_config(data), ""
-    config = parse_codec_config(nested)
-    valid = data.get("encoder_valid_num_quantizers", config.num_quantizers)
-    return mimi, replace(config, num_quantizers=valid), "encoder."
-
-
-def _check_names(file: Path, present: set[str], wanted: set[str], prefix: str) -> None:
-    """Refuse a file without exactly the tensors `wanted`, Mimi's decoder and codebooks not asked for apart."""
-    for name in sorted(wanted - present):
-        raise WeightsError(f"{file}: {name} is missing")
-    for name in sorted(present - wanted):
-        if not (_DECODER.match(name) or _CODEBOOK.match(name.removeprefix(prefix))):
-            raise WeightsError(f"{file}: {name} does not belong to this codec")

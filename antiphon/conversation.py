@@ -10,24 +10,28 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
+from unicodedata import category
 
 import torch
 from torch import Tensor
 
 from antiphon.audio import MAX_SECONDS, Resampler, check_samples
 from antiphon.errors import AudioError, InputError
+from antiphon.files import read_metadata, read_safetensors, write_safetensors
 from antiphon.messages import parts_of, read_part, text_of, tool_call
 from antiphon.model import Boxes
 from antiphon.talker import user_rows
 from antiphon.tokenizer import TurnWriter, assistant_text, system_text, tool_results_text
-from antiphon.weights import read_metadata, read_safetensors, write_safetensors
 
 PREFILL = 512  # positions the Thinker reads at once: bounds the memory of a long prompt
 WINDOWS = (1, 2, 4, 8)  # seconds AuT may attend over
+# scripts without spaces: Thai and Lao, Burmese, Khmer, kana, Han
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")
 TOKENS_PER_SECOND = 4.5  # of speech, where an answer was cut off before its own rate was known
 
 
@@ -63,7 +67,7 @@ class Ear:
             raise AudioError(f"the clip is longer than the limit of {MAX_SECONDS:g} seconds; commit it in parts")
         mel = self.model.config.audio.mel
         shortest = mel.n_fft // 2 / mel.sample_rate
-        if final and round(heard * mel.sample_rate / self.rate) <= mel.n_fft // 2:
+        if final and int(heard * mel.sample_rate / self.rate + 0.5) <= mel.n_fft // 2:  # half up, as the resampler does
             raise AudioError(
                 f"the clip is {1000 * heard / self.rate:.1f} ms long; it needs more than {1000 * shortest:g} ms"
             )
@@ -258,12 +262,14 @@ class Conversation:
             return
         ids, user, audio = self._ids, self._user, self._audio
         self.thinker.reserve(self.thinker.filled + len(ids))  # refuse before anything is changed
+        if self.model.speech is not None:
+            self.talker.reserve(self.talker.filled + sum(user))
         self._ids, self._user, self._audio = [], [], []
         place = torch.tensor(ids, device=self.model.device)
         x = self.model.embed_prompt(place, torch.cat(audio) if audio else None)
         for start in range(0, len(ids), PREFILL):
             hidden, accept = self.model.thinker(x[None, start : start + PREFILL], self.thinker)
-            self.hidden = hidden[:, -1]
+            self.hidden = hidden[:, -1].clone()  # not a view, which would keep all positions in memory
             self.note("thinker_hidden", accept[0])
             mine = [i for i in range(start, min(start + PREFILL, len(ids))) if user[i]]
             if mine and self.model.speech is not None:
@@ -286,7 +292,10 @@ class Conversation:
         Raises:
             InputError: there is no answer, or `ms` is negative or beyond its sound.
         """
-        if self.answer is None or self.model.config.code2wav is None:
+        said, history = self.answer, len(self.ids) + len(self._ids)
+        # after its closing mark and line end nothing may follow: a cut would take it along
+        last = said is not None and history == said.start + len(said.text_ids) + 2
+        if self.answer is None or self.model.config.code2wav is None or not last:
             raise InputError("there is no spoken answer to cut; truncate follows respond")
         frame_ms = self.model.config.code2wav.frame_ms
         if not 0 <= ms <= len(self.answer.frames) * frame_ms:
@@ -298,7 +307,8 @@ class Conversation:
         self.thinker.truncate(self.answer.start + heard)
         self.ids = self.ids[: self.answer.start + heard]
         self._ids, self._user, self._audio = [], [], []
-        self._add([self.model.config.im_end_token_id, self.newline], user=False)
+        unread = self.answer.text_ids[len(self.ids) - self.answer.start : heard]
+        self._add([*unread, self.model.config.im_end_token_id, self.newline], user=False)
         self.answer.text_ids = self.answer.text_ids[:heard]
         self.answer.frames = self.answer.frames[: int(ms // frame_ms)]
         return self.model.tokenizer.decode(self.answer.text_ids)
@@ -399,7 +409,8 @@ _SAVED = ("window", "generation", "turn", "ids", "user_length", "_open", "_ids",
 
 def _word_ends(text: str, longer: str) -> bool:
     """Whether a word ends where `text` ends and `longer` goes on; characters of unspaced scripts stand alone."""
-    if text == longer:
-        return False  # inside a character
     after = longer[len(text) :][:1]
-    return not (text[-1:].isalnum() and after.isalnum() and text[-1:].isascii() == after.isascii() and after.isascii())
+    if not after or not longer.startswith(text) or category(after).startswith("M"):
+        return False  # inside a character, or before a mark that belongs to it
+    pair = text[-1:] + after
+    return UNSPACED.search(pair) is not None or any(category(char)[0] not in "LMN" for char in pair)

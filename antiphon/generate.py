@@ -107,7 +107,8 @@ class Session(Conversation):
         self.commit()
         if not self.ids:
             raise InputError("there is nothing to answer; append audio, text or a message first")
-        return self._respond(options, speaker)
+        self.generation += 1
+        return self._respond(options, speaker, self.generation)
 
     def _speaker(self, options: Options) -> int | None:
         if not options.audio:
@@ -117,15 +118,14 @@ class Session(Conversation):
         return self.model.speaker(voice or "")
 
     @torch.inference_mode()
-    def _respond(self, options: Options, speaker: int | None) -> Iterator[Event]:
+    def _respond(self, options: Options, speaker: int | None, generation: int) -> Iterator[Event]:
         clock = Phases()
-        self.generation += 1
         self.turn += 1
         with clock("prefill"):
             self._add(self.writer.open_reply(), user=False)
             self._read()
-        self.answer = Answer(start=len(self.ids))
-        thought = Thought(self, options, clock)
+        thought = Thought(self, options, clock, generation)
+        self.answer = Answer(len(self.ids), thought.ids)
         speech = Utterance(self, options, clock, speaker)
         try:
             words = thought if options.verbatim else spoken(thought, self.model.tokenizer)
@@ -133,8 +133,8 @@ class Session(Conversation):
             for samples in frames:
                 yield from thought.deltas()
                 clock.mark("first_audio")
+                self.answer.frames.append(len(thought.ids))  # before it is given: the caller may leave right after
                 yield AudioDelta(samples, len(speech.codes) - 1, speech.sample_rate)
-                self.answer.frames.append(len(thought.ids))
             for _ in thought:  # the Talker may stop before the text does, or never start
                 yield from thought.deltas()
             yield from thought.deltas()
@@ -145,7 +145,6 @@ class Session(Conversation):
     def _close_answer(self, thought: Thought, speech: Utterance) -> None:
         """Close the assistant's turn and cut the Talker back to the user's: answers are not in its prompt."""
         assert self.answer is not None
-        self.answer.text_ids = thought.ids
         self.answer.spoken_to_the_end = speech.finish == "stop"
         self._add([*thought.unread(), self.model.config.im_end_token_id, self.newline], user=False)
         if self.model.speech is not None:
@@ -175,7 +174,7 @@ class Session(Conversation):
                 yield AudioDelta(samples, len(speech.codes) - 1, speech.sample_rate)
         finally:
             self.talker.truncate(self.user_length)
-        thought = Thought(self, options, clock)
+        thought = Thought(self, options, clock, self.generation)
         thought.ids, thought.finish = said, "stop"
         yield Done(_reply(self.model, thought, speech, clock))
 
@@ -187,7 +186,7 @@ class Thought(Iterator[int]):
     limit is not spoken. Both are known when the token is made, so nothing is held back.
     """
 
-    def __init__(self, session: Conversation, options: Options, clock: Phases) -> None:
+    def __init__(self, session: Conversation, options: Options, clock: Phases, generation: int) -> None:
         self.session, self.options, self.clock = session, options, clock
         self.ids: list[int] = []
         self.finish: str | None = None
@@ -195,7 +194,7 @@ class Thought(Iterator[int]):
         self._fed = 0
         self._new: list[str] = []
         self._decoder = StreamDecoder(session.model.tokenizer)
-        self._generation = session.generation
+        self._generation = generation
 
     def __next__(self) -> int:
         if self.finish is None and self.session.generation != self._generation:

@@ -8,6 +8,7 @@ Shapes: B batch, T time, W model width, H heads, K key/value heads, D head size,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -50,36 +51,42 @@ class LayerScale(nn.Module):
         return self.scale * x
 
 
+class FusedLinear(nn.Linear):
+    """Several projections of the same input as one matrix product; on disk they are apart (`disk_tensors`)."""
+
+    def __init__(self, inputs: int, parts: dict[str, int], bias: bool = False) -> None:
+        super().__init__(inputs, sum(parts.values()), bias=bias)
+        self.parts = parts  # name on disk -> outputs, in order
+
+
 @lru_cache
 def _frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
     return theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, 1, T, D] of positions [B, T]; angles in float32 whatever the model's type."""
-    angles = positions[:, None, :, None].float() * _frequencies(head_dim, theta, positions.device)
-    angles = torch.cat([angles, angles], -1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    """Cosines and signed sines [B, T, 1, D] of positions [B, T]; angles in float32 whatever the model's type."""
+    angles = positions[..., None, None].float() * _frequencies(head_dim, theta, positions.device)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions applied to x [B, H, T, D]: the halves of D are the pairs that turn."""
-    a, b = x.chunk(2, -1)
-    return x * cos + torch.cat([-b, a], -1) * sin
+    """Rotary positions applied to x [B, T, H, D]: the halves of D are the pairs that turn."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Softmax attention of q [B, H, T, D] over k, v [B, K, S, D] where mask [B, 1, T, S] allows -> [B, T, H * D]."""
-    groups = q.shape[1] // k.shape[1]
+    groups, (batch, heads, steps, dim) = q.shape[1] // k.shape[1], q.shape
     if groups > 1:  # query heads of one key head are further queries of it, so keys are not repeated in memory
-        batch, heads, steps, dim = q.shape
         q = q.reshape(batch, k.shape[1], groups * steps, dim)
-        mask = None if mask is None else mask.repeat(1, 1, groups, 1)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        if mask is not None and steps > 1:
+            mask = mask.repeat(1, 1, groups, 1)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if groups > 1:
         y = y.reshape(batch, heads, steps, dim)
-    else:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return y.transpose(1, 2).flatten(2)
+    return y.transpose(1, 2).reshape(batch, steps, heads * dim)
 
 
 class Attention(nn.Module):
@@ -89,21 +96,23 @@ class Attention(nn.Module):
         self, width: int, heads: int, kv_heads: int, head_dim: int, *, bias: bool = False, norm_eps: float | None = None
     ) -> None:
         super().__init__()
-        self.head_dim = head_dim
-        self.q_proj = nn.Linear(width, heads * head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, kv_heads * head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, kv_heads * head_dim, bias=bias)
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        parts = {"q_proj": heads * head_dim, "k_proj": kv_heads * head_dim, "v_proj": kv_heads * head_dim}
+        self.qkv_proj = FusedLinear(width, parts, bias=bias)
         self.o_proj = nn.Linear(heads * head_dim, width, bias=bias)
-        self.q_norm = nn.Identity() if norm_eps is None else RMSNorm(head_dim, norm_eps)
-        self.k_norm = nn.Identity() if norm_eps is None else RMSNorm(head_dim, norm_eps)
+        self.q_norm = None if norm_eps is None else RMSNorm(head_dim, norm_eps)
+        self.k_norm = None if norm_eps is None else RMSNorm(head_dim, norm_eps)
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], span: Span, layer: int) -> Tensor:
         """[B, T, W] -> [B, T, W]; `turn` is what `rotary` gave for the span."""
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), *turn)
-        k = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), *turn)
-        k, v = span.store(layer, k, self.v_proj(x).view(heads).transpose(1, 2))
-        return self.o_proj(attend(q, k, v, span.mask))
+        y = self.qkv_proj(x).view(*x.shape[:2], -1, self.head_dim)  # [B, T, H + 2K, D]
+        turning = self.heads + self.kv_heads
+        qk = y[:, :, :turning]
+        if self.q_norm is not None and self.k_norm is not None:
+            qk = torch.cat([self.q_norm(qk[:, :, : self.heads]), self.k_norm(qk[:, :, self.heads :])], 2)
+        qk = rotate(qk, *turn).transpose(1, 2)
+        k, v = span.store(layer, qk[:, self.heads :], y[:, :, turning:].transpose(1, 2))
+        return self.o_proj(attend(qk[:, : self.heads], k, v, span.mask))
 
 
 class SwiGLU(nn.Module):
@@ -111,13 +120,18 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.gate_up_proj = FusedLinear(width, {"gate_proj": inner, "up_proj": inner})
         self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, W] -> […, W]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.gate_up_proj(x)))
+
+
+def gated(x: Tensor) -> Tensor:
+    """The first half of the last dimension through SiLU, times the second half."""
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
 
 
 class Experts(nn.Module):
@@ -154,8 +168,8 @@ class Experts(nn.Module):
         return y
 
     def _one(self, x: Tensor, expert: int) -> Tensor:
-        gate, up = F.linear(x, scaled(self.gate_up_proj, self.gate_up_scale, expert, x)).chunk(2, -1)
-        return F.linear(F.silu(gate) * up, scaled(self.down_proj, self.down_scale, expert, x))
+        inner = gated(F.linear(x, scaled(self.gate_up_proj, self.gate_up_scale, expert, x)))
+        return F.linear(inner, scaled(self.down_proj, self.down_scale, expert, x))
 
 
 def scaled(weight: Tensor, scale: Tensor | None, expert: int, like: Tensor) -> Tensor:
@@ -278,3 +292,29 @@ class Decoder(nn.Module):
         x, tapped = run_layers(self.layers, x, state, c.head_dim, c.rope_theta, positions=positions, tap=tap)
         x = self.norm(x)
         return x, (x if tap == c.num_hidden_layers else tapped)
+
+
+def disk_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and stored buffer by its name on disk, as a view: what is fused in memory is apart there."""
+    seen: set[int] = set()
+    for place, module in model.named_modules():
+        stored = [b for b in module.named_buffers(recurse=False) if b[0] in module.state_dict()]
+        for last, tensor in (*module.named_parameters(recurse=False), *stored):
+            if id(tensor) not in seen:  # tied weights are on disk once
+                seen.add(id(tensor))
+                yield from _apart(f"{place}." if place else "", last, module, tensor.detach())
+
+
+def _apart(stem: str, last: str, module: nn.Module, data: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Names and views of the tensor `last` of `module`, whose own name is `stem`, ending in a point."""
+    if isinstance(module, Experts):  # one tensor per expert and projection
+        for expert in range(data.shape[0]):
+            parts = zip(("gate_proj", "up_proj"), data[expert].chunk(2), strict=True)
+            for name, part in parts if last == "gate_up_proj" else [("down_proj", data[expert])]:
+                yield f"{stem}{expert}.{name}.weight", part
+    elif isinstance(module, FusedLinear):  # one tensor per projection
+        above = stem.removesuffix(".").rpartition(".")[0]
+        for name, part in zip(module.parts, data.split(list(module.parts.values())), strict=True):
+            yield f"{above}.{name}.{last}", part
+    else:
+        yield stem + last, data

@@ -1,26 +1,28 @@
 """Released checkpoints in and out: sharded safetensors, one tensor per expert, read straight into place.
 
 The only file that knows the checkpoint's prefixes. Modules carry the released names, so a checkpoint differs from the
-model in two ways, both stated here as data: the prefix of each box, and experts, which are one tensor each on disk
-and one stack in memory (`released_tensors`).
+model in two ways, both stated here as data: the prefix of each box, and tensors that are apart on disk and one in
+memory (experts, and projections of the same input: `released_tensors`).
 """
 
 from __future__ import annotations
 
 import json
-import os
+import re
 import shutil
-import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from antiphon.config import OmniConfig, read_config, read_json
+from antiphon.codec import Codec
+from antiphon.config import CodecConfig, OmniConfig, parse_codec_config, read_config, read_json, to_json
 from antiphon.errors import AntiphonError, WeightsError
+from antiphon.files import Entry, read_header, read_into, read_metadata, write_safetensors
+from antiphon.layers import disk_tensors
 from antiphon.model import Boxes
 from antiphon.tokenizer import Tokenizer
 
@@ -46,149 +48,19 @@ COMPANIONS = (
     "preprocessor_config.json",
 )
 SHARD_BYTES = 5_000_000_000
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
-}
-
 Model = TypeVar("Model", bound=Boxes)
 
 
 def released_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the checkpoint by its name on disk, as a view into the model (works on the meta device)."""
-    for name, parameter in model.named_parameters():
+    for name, tensor in disk_tensors(model):
         box = next(p for p in PREFIXES if name.startswith(p))
-        name = PREFIXES[box] + name.removeprefix(box)
-        stem, _, last = name.rpartition(".")
-        data = parameter.detach()
-        if last == "gate_up_proj":
-            half = data.shape[1] // 2
-            for expert in range(data.shape[0]):
-                yield f"{stem}.{expert}.gate_proj.weight", data[expert, :half]
-                yield f"{stem}.{expert}.up_proj.weight", data[expert, half:]
-        elif last == "down_proj":  # a stack of experts: a plain layer's name ends in .weight
-            for expert in range(data.shape[0]):
-                yield f"{stem}.{expert}.down_proj.weight", data[expert]
-        else:
-            yield name, data
+        yield PREFIXES[box] + name.removeprefix(box), tensor
 
 
 def released_names(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Names on disk and shapes of everything in `model`."""
     return {name: tuple(tensor.shape) for name, tensor in released_tensors(model)}
-
-
-# ------------------------------------------------------------------------------------------ safetensors
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor in a safetensors file."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int  # bytes from the start of the file
-    stop: int
-
-
-def read_header(path: Path) -> dict[str, Entry]:
-    """What a safetensors file holds.
-
-    Raises:
-        WeightsError: not safetensors (a pickle, a pointer file), or cut short.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-            if length > min(size - 8, 100_000_000):
-                raise ValueError
-            table = json.loads(file.read(length))
-        entries = {name: _entry(value, 8 + length) for name, value in table.items() if name != "__metadata__"}
-    except FileNotFoundError:
-        raise WeightsError(f"{path} is missing; download the checkpoint again") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise WeightsError(f"{path} is not a safetensors file; expected the released form (no pickles)") from None
-    end = max((entry.stop for entry in entries.values()), default=0)
-    if end > size:
-        raise WeightsError(f"{path} is cut short: {size:,} of {end:,} bytes are there; download it again")
-    return entries
-
-
-def _entry(value: dict[str, Any], offset: int) -> Entry:
-    start, stop = value["data_offsets"]
-    return Entry(DTYPES[value["dtype"]], tuple(value["shape"]), offset + start, offset + stop)
-
-
-def _read_into(file: Any, entry: Entry, target: Tensor) -> None:
-    """Bytes of `entry` into `target`, without a second copy where device and type agree.
-
-    Plain reads rather than a memory map: mapped pages count as the process's memory and would double it.
-    """
-    direct = target.device.type == "cpu" and target.dtype == entry.dtype and target.is_contiguous()
-    buffer = target if direct else torch.empty(entry.shape, dtype=entry.dtype)
-    if buffer.numel():
-        file.seek(entry.start)
-        rest = _bytes(buffer)
-        while rest:  # one read gives at most 2 GiB
-            rest = rest[file.readinto(rest) :]
-    if not direct:
-        target.copy_(buffer)
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
-    return memoryview(tensor.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy 2 is a buffer
-
-
-def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write one safetensors file, tensor by tensor, and put it in place only when it is whole."""
-    table: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    names, offset = {dtype: name for name, dtype in DTYPES.items()}, 0
-    for name, tensor in tensors.items():
-        stop = offset + tensor.nbytes
-        table[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, stop]}
-        offset = stop
-    header = json.dumps(table).encode()
-    header += b" " * (-len(header) % 8)
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(struct.pack("<Q", len(header)) + header)
-        for tensor in tensors.values():
-            if tensor.numel():
-                file.write(_bytes(tensor.detach().cpu().contiguous()))
-    os.replace(part, path)
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of one safetensors file, on the CPU."""
-    entries = read_header(path)
-    tensors = {name: torch.empty(e.shape, dtype=e.dtype) for name, e in entries.items()}
-    with path.open("rb") as file:
-        for name, entry in entries.items():
-            _read_into(file, entry, tensors[name])
-    return tensors
-
-
-def read_metadata(path: Path, key: str) -> str:
-    """One entry of a safetensors file's metadata.
-
-    Raises:
-        WeightsError: not a safetensors file, or one without the entry.
-    """
-    read_header(path)
-    with path.open("rb") as file:
-        table = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-    if key not in table.get("__metadata__", {}):
-        raise WeightsError(f"{path} holds no {key}; it was written by something else")
-    return table["__metadata__"][key]
 
 
 # -------------------------------------------------------------------------------------------- checkpoint
@@ -303,7 +175,7 @@ def load_checkpoint(
     for path, entries in files.items():
         with path.open("rb", buffering=0) as file:
             for name, entry in entries.items():
-                _read_into(file, entry, wanted[name])
+                read_into(file, entry, wanted[name])
                 done += entry.stop - entry.start
                 if progress is not None:
                     progress(done, total)
@@ -349,3 +221,65 @@ def save_checkpoint(
     for name in COMPANIONS if companions is not None else ():
         if (source := Path(companions or "") / name).exists():
             shutil.copy2(source, folder / name)
+
+
+# ------------------------------------------------------------------------------------------------ codec
+
+CODEC_FILE = "codec.safetensors"  # our own file, beside a checkpoint: the release has no name for the codec's encoder
+# what a Mimi checkpoint holds besides: the way back to sound, and codebooks that were not asked for
+_MIMI_DECODER = re.compile(r"(decoder|decoder_transformer|upsample)\.")
+_CODEBOOK = re.compile(r"quantizer\.(semantic|acoustic)_residual_vector_quantizer\.layers\.\d+\.")
+
+
+def mimi_tensors(codec: Codec, prefix: str = "") -> dict[str, Tensor]:
+    """Views of every tensor by its name in the flat layout that kyutai/mimi has and transformers 5 still writes.
+
+    Qwen3-TTS-Tokenizer-12Hz holds the same layout under the `prefix` "encoder.".
+    """
+    return {prefix + name.removeprefix("encoder."): tensor for name, tensor in disk_tensors(codec)}
+
+
+def save_codec(codec: Codec, path: str | Path) -> Path:
+    """Write `codec` as one safetensors file that describes itself: `path`, or codec.safetensors in that folder."""
+    path = Path(path)
+    path = path / CODEC_FILE if path.is_dir() else path
+    write_safetensors(path, mimi_tensors(codec), {"codec_config": to_json(codec.config)})
+    return path
+
+
+def load_codec(path: str | Path, num_quantizers: int | None = None) -> Codec:
+    """Codec in eval mode from our own file, a folder that holds one, or a folder as kyutai/mimi or Qwen3-TTS's.
+
+    `num_quantizers` keeps the first codebooks only; by default all, or those that Qwen3-TTS declares valid.
+
+    Raises:
+        ConfigError: the configuration is missing or cannot be built.
+        WeightsError: no safetensors, or a tensor missing, surplus or misshapen.
+    """
+    file, config, prefix = _find_codec(Path(path))
+    codec = Codec(replace(config, num_quantizers=num_quantizers or config.num_quantizers)).eval()
+    wanted, held = mimi_tensors(codec, prefix), read_header(file)
+    spare = [n for n in held if n not in wanted and (_MIMI_DECODER.match(n) or _CODEBOOK.match(n.removeprefix(prefix)))]
+    compare(wanted, {file: {name: entry for name, entry in held.items() if name not in spare}})
+    with file.open("rb", buffering=0) as stream:
+        for name, tensor in wanted.items():
+            read_into(stream, held[name], tensor)
+    return codec
+
+
+def _find_codec(path: Path) -> tuple[Path, CodecConfig, str]:
+    """The weights file that `path` means, its config, and the prefix of its names."""
+    own, mimi = path / CODEC_FILE if path.is_dir() else path, path / SINGLE
+    if own.is_file():
+        return own, parse_codec_config(json.loads(read_metadata(own, "codec_config"))), ""
+    if not mimi.is_file():
+        raise WeightsError(
+            f"{path} holds neither {CODEC_FILE} nor {SINGLE}; convert pickled weights (.bin) to safetensors"
+        )
+    data = read_json(path / "config.json")
+    nested = data.get("encoder_config")
+    if not isinstance(nested, dict):
+        return mimi, parse_codec_config(data), ""
+    config = parse_codec_config(nested)
+    valid = data.get("encoder_valid_num_quantizers", config.num_quantizers)
+    return mimi, replace(config, num_quantizers=valid), "encoder."

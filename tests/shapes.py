@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tests.tiny_tokenizer import write_tokenizer
+from tests.tiny_tokenizer import SPECIAL, TAGS, write_tokenizer
 
 VOCAB = 768
 
@@ -112,6 +112,9 @@ def config_dict(shape: dict[str, Any], ids: dict[str, int]) -> dict[str, Any]:
     }
     text_ids = {k: v for k, v in ids.items() if k.startswith(("im_", "tts_", "user", "assistant", "system"))}
     audio_ids = {k: v for k, v in ids.items() if k.startswith("audio")}
+    first = VOCAB - len(SPECIAL) - len(TAGS)  # ids that no text has, else transformers takes words for images
+    vision = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+    vision_ids = {f"{name}_token_id": first + SPECIAL.index(f"<|{token}|>") for name, token in vision.items()}
     size = s["codebook_size"]
     control = ("codec_pad_id", "codec_bos_id", "codec_eos_token_id")
     control += ("codec_nothink_id", "codec_think_bos_id", "codec_think_eos_id")
@@ -121,10 +124,7 @@ def config_dict(shape: dict[str, Any], ids: dict[str, int]) -> dict[str, Any]:
         **text_ids,
         "thinker_config": {
             **audio_ids,
-            "image_token_id": 0,
-            "vision_start_token_id": 2,
-            "vision_end_token_id": 3,
-            "video_token_id": 1,
+            **vision_ids,
             "audio_config": {
                 **{k: v for k, v in audio.items() if k != "bins"},
                 "num_mel_bins": audio["bins"],
@@ -152,10 +152,7 @@ def config_dict(shape: dict[str, Any], ids: dict[str, int]) -> dict[str, Any]:
             "accept_hidden_layer": s["accept"],
             "num_code_groups": s["codebooks"],
             "thinker_hidden_size": width,
-            "image_token_id": 0,
-            "vision_start_token_id": 2,
-            "vision_end_token_id": 3,
-            "video_token_id": 1,
+            **vision_ids,
             "speaker_id": {"chelsie": size + 20, "ethan": size + 21, "aiden": size + 22},
             "text_config": {
                 **s["talker"],
@@ -206,14 +203,15 @@ def randomize(model: Any, seed: int) -> None:
         if name.endswith("_layer_scale.scale") or name.endswith(".gamma"):
             p.copy_(0.3 + 0.1 * noise)
         elif ("norm" in name and name.endswith("weight")) or name.endswith(".beta"):
-            p.copy_(1 + 0.1 * noise)
+            p.copy_((2 if "q_norm" in name or "k_norm" in name else 1) + 0.1 * noise)  # so that single positions count
         elif p.ndim == 1:
             p.copy_(0.1 * noise)
         elif "embed" in name:
-            p.copy_(noise)
+            p.copy_(0.2 * noise)  # so that what was said before counts, and not the last token alone
         else:
             fan_in = p.shape[-1] if p.ndim == 3 and "experts" in name else p.numel() // max(len(p), 1)
-            p.copy_(noise * max(fan_in, 1) ** -0.5)
+            # three times as large in AuT's convolutions, so that it hears the sound and not only its positions
+            p.copy_(noise * max(fan_in, 1) ** -0.5 * (3 if "conv2d" in name else 1))
     if not model.has_talker:
         return
     decoder = model.code2wav

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import MimiConfig, MimiModel
 
-from antiphon.codec import CODEC_FILE, Codec, SplitQuantizer, load_codec, mimi_names, save_codec
+from antiphon.codec import Codec, SplitQuantizer
 from antiphon.config import CodecConfig, parse_codec_config
 from antiphon.errors import CapacityError, ConfigError, InputError, WeightsError
+from antiphon.weights import CODEC_FILE, load_codec, mimi_tensors, save_codec
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {
@@ -436,7 +437,7 @@ def rewrite(folder: Path, **changes: Tensor | None) -> None:
 
 def test_names_on_disk(folder: Path):
     present = set(load_file(folder / "model.safetensors"))
-    names = set(mimi_names(load_codec(folder)).values())
+    names = set(mimi_tensors(load_codec(folder)))
     assert {n for n in present if not n.startswith(("decoder", "upsample"))} == names
     assert {
         "encoder.layers.0.conv.weight",
@@ -464,7 +465,7 @@ def test_qwen3_tts_layout(folder: Path, tmp_path_factory: pytest.TempPathFactory
     (other / "config.json").write_text(json.dumps(nested | {"model_type": "qwen3_tts_tokenizer_12hz"}))
     x = wave(1, 50)
     assert torch.equal(load_codec(other).encode(x), load_codec(folder).encode(x)[..., :4])
-    assert set(mimi_names(load_codec(other, 5), "encoder.").values()) < set(tensors) | {""}
+    assert set(mimi_tensors(load_codec(other, 5), "encoder.")) < set(tensors) | {""}
 
 
 def test_our_own_file(tmp_path: Path):
@@ -480,27 +481,25 @@ def test_our_own_file(tmp_path: Path):
 def test_wrong_tensors(folder: Path):
     name = "encoder/layers/0/conv/bias"
     rewrite(folder, **{name: torch.zeros(3)})
-    with pytest.raises(
-        WeightsError, match=r"encoder\.layers\.0\.conv\.bias is \[3\]; by its config it should be \[4\]"
-    ):
+    with pytest.raises(WeightsError, match=r"encoder\.layers\.0\.conv\.bias is misshapen: expected \[4\], found \[3\]"):
         load_codec(folder)
     rewrite(folder, **{name: None})
     with pytest.raises(WeightsError, match=r"encoder\.layers\.0\.conv\.bias is missing"):
         load_codec(folder)
     rewrite(folder, **{name: torch.zeros(4), "encoder/layers/99/conv/bias": torch.zeros(4)})
-    with pytest.raises(WeightsError, match=r"encoder\.layers\.99\.conv\.bias does not belong"):
+    with pytest.raises(WeightsError, match=r"encoder\.layers\.99\.conv\.bias is not part of this model"):
         load_codec(folder)
 
 
 def test_wrong_files(folder: Path):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(WeightsError, match="not readable as safetensors"):
+    with pytest.raises(WeightsError, match="is cut short"):
         load_codec(folder)
     weights.rename(folder / "pytorch_model.bin")
     with pytest.raises(WeightsError, match="convert pickled weights"):
         load_codec(folder)
-    with pytest.raises(WeightsError, match="is not a codec file"):
+    with pytest.raises(WeightsError, match="is cut short|is not a safetensors file"):
         load_codec(folder / "pytorch_model.bin")
     save_file({"x": torch.zeros(1)}, weights)
     (folder / "config.json").unlink()

@@ -5,7 +5,7 @@ of the largest value; greedy ids are identical, an output given never changes, r
 can be forgotten, forked, saved and cut back. The resampler's, the log-mel's and the codec's law is in their own files.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
@@ -16,6 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from antiphon import streaming
 from antiphon.aut import LOG_FLOOR, AuT, TextDecoder, TextDecoderConfig
 from antiphon.code2wav import Code2Wav
 from antiphon.config import AudioConfig, Code2WavConfig, OmniConfig, TalkerConfig
@@ -68,6 +69,13 @@ def part(name: str, dtype: torch.dtype) -> Any:
     box = make[name]()
     randomize(box, seed=1)
     return box.to(dtype).requires_grad_(False).eval()
+
+
+@pytest.fixture(autouse=True)
+def _as_served() -> Iterator[None]:
+    """Without gradients, as in generation; some boxes compute otherwise then (`test_..._with_gradients`)."""
+    with torch.no_grad():
+        yield
 
 
 def noise(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:
@@ -162,7 +170,7 @@ BOXES = {
 every_box = pytest.mark.parametrize("box", BOXES.values(), ids=list(BOXES))
 
 
-def stream(
+def in_pieces(
     box: Box, x: Tensor, sizes: list[int], seeds: list[int], dtype: torch.dtype, state: Any = None
 ) -> list[Tensor]:
     """Outputs for x [B, T, …] in pieces of `sizes`, the rest last; checks that nothing given changes later."""
@@ -183,7 +191,7 @@ def assert_law(box: Box, length: int, sizes: list[int], dtype: torch.dtype, seed
     seeds = [seed, seed + 1]
     x = box.rows(seeds, length, dtype)
     whole = box.run(x, seeds, dtype)
-    pieces = stream(box, x, sizes, seeds, dtype)
+    pieces = in_pieces(box, x, sizes, seeds, dtype)
     for found, expected in zip(pieces, whole, strict=True):
         assert_same(found, expected, dtype)
     if box.ids is not None:
@@ -210,6 +218,24 @@ def cuts(draw: st.DrawFn, longest: int) -> tuple[int, list[int]]:
 def test_pieces_give_what_the_whole_gives(box, data, dtype, seed):
     length, sizes = data.draw(cuts(box.longest))
     assert_law(box, length, sizes, dtype, seed)
+
+
+@every_box
+def test_pieces_give_what_the_whole_gives_with_gradients(box):
+    length = 230 if box.name == "aut" else box.longest
+    with torch.enable_grad():
+        assert_law(box, length, [length // 3, 1], torch.float64, 7)
+        trained = box.run(box.rows([7, 8], length, torch.float64), [7, 8], torch.float64)
+    served = box.run(box.rows([7, 8], length, torch.float64), [7, 8], torch.float64)
+    assert_equal(trained, served)
+
+
+@pytest.mark.parametrize("most", [0, 3000, 30_000])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_both_ways_to_convolve_are_one_law(monkeypatch, most, dtype):
+    """Short pieces are convolved as matrix products and long ones are not: a stream and its whole may differ in that."""
+    monkeypatch.setattr(streaming, "WINDOWED_AT_MOST", most)
+    assert_law(BOXES["code2wav"], 12, [1, 1, 4], dtype, 9)
 
 
 @every_box
@@ -279,7 +305,9 @@ def test_aut_refers_its_floor_to_the_peak_so_far():
 
 @settings(max_examples=20, deadline=None)
 @given(
-    lengths=st.lists(st.one_of(st.sampled_from([1, 7, 99, 100, 101, 400]), st.integers(1, 500)), min_size=2, max_size=4),
+    lengths=st.lists(
+        st.one_of(st.sampled_from([1, 7, 99, 100, 101, 400]), st.integers(1, 500)), min_size=2, max_size=4
+    ),
     window=st.sampled_from([1, 2, 4, 8]),
     padding=st.sampled_from([LOG_FLOOR, 0.0, 3.0]),
     whole_peak=st.booleans(),
@@ -302,9 +330,9 @@ def test_aut_in_a_padded_batch_hears_each_clip_as_alone(lengths, window, padding
 def test_rows_do_not_see_each_other(box, dtype):
     seeds, length = [11, 12, 13], min(box.longest, 230)
     sizes = [length // 3, 1]
-    together = stream(box, box.rows(seeds, length, dtype), sizes, seeds, dtype)
+    together = in_pieces(box, box.rows(seeds, length, dtype), sizes, seeds, dtype)
     for i, seed in enumerate(seeds):
-        alone = stream(box, box.rows([seed], length, dtype), sizes, [seed], dtype)
+        alone = in_pieces(box, box.rows([seed], length, dtype), sizes, [seed], dtype)
         for all_rows, row in zip(together, alone, strict=True):
             assert_same(all_rows[i : i + 1], row, dtype)
 
@@ -367,7 +395,9 @@ def begun(box: Box, dtype: torch.dtype = torch.float64, seeds: tuple[int, ...] =
     return state, length
 
 
-def go_on(box: Box, state: Any, start: int, seeds: tuple[int, ...] = (31, 32), dtype: torch.dtype = torch.float64) -> Any:
+def go_on(
+    box: Box, state: Any, start: int, seeds: tuple[int, ...] = (31, 32), dtype: torch.dtype = torch.float64
+) -> Any:
     """What the rows' second part gives."""
     x = box.rows([*seeds], box.longest, dtype)[:, start:]
     return box.run(x, [*seeds], dtype, state, final=True)
@@ -408,7 +438,9 @@ def test_reset_of_one_row_leaves_the_other(box):
     state.reset([1])
     untouched, _ = begun(box)
     assert_equal(
-        box.run(box.rows([31], box.longest, torch.float64)[:, start:], [31], torch.float64, state.view(0, 1), final=True),
+        box.run(
+            box.rows([31], box.longest, torch.float64)[:, start:], [31], torch.float64, state.view(0, 1), final=True
+        ),
         go_on(box, untouched.view(0, 1), start, (31,)),
     )
     x = box.rows([33], box.longest, torch.float64)  # another conversation takes the row
@@ -573,7 +605,7 @@ def test_rows_out_of_step_are_refused_where_they_cannot_share_a_call():
     box = BOXES["aut"]
     state, _ = begun(box)
     state.reset([1])
-    with pytest.raises(CapacityError, match="one state.view at a time"):
+    with pytest.raises(CapacityError, match=r"one state\.view at a time"):
         box.run(box.rows([1, 2], 5, torch.float64), [1, 2], torch.float64, state)
 
 

@@ -31,10 +31,10 @@ from torch import Tensor
 
 from antiphon.audio import Resampler, Samples, normalize
 from antiphon.errors import InputError, WeightsError
+from antiphon.files import read_header, read_safetensors, write_safetensors
 from antiphon.generate import Omni, Options, Session, collect, load
 from antiphon.sampling import GREEDY, Sampling
 from antiphon.tokenizer import byte_tokenizer
-from antiphon.weights import read_header, read_safetensors, write_safetensors
 
 STAGES = (
     "mel",

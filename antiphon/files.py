@@ -1,0 +1,132 @@
+"""safetensors files, read straight into place and written whole or not at all.
+
+The format is a length, a JSON table of names, types, shapes and offsets, and the bytes. It is read here rather than
+by its library because that maps the file into memory: the pages count as the process's, and a model would need twice
+its size while it loads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from antiphon.errors import WeightsError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor in a safetensors file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int  # bytes from the start of the file
+    stop: int
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """What a safetensors file holds.
+
+    Raises:
+        WeightsError: not safetensors (a pickle, a pointer file), or cut short.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+            if length > min(size - 8, 100_000_000):
+                raise ValueError
+            table = json.loads(file.read(length))
+        entries = {name: _entry(value, 8 + length) for name, value in table.items() if name != "__metadata__"}
+    except FileNotFoundError:
+        raise WeightsError(f"{path} is missing; download the checkpoint again") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise WeightsError(f"{path} is not a safetensors file; expected the released form (no pickles)") from None
+    end = max((entry.stop for entry in entries.values()), default=0)
+    if end > size:
+        raise WeightsError(f"{path} is cut short: {size:,} of {end:,} bytes are there; download it again")
+    return entries
+
+
+def _entry(value: dict[str, Any], offset: int) -> Entry:
+    start, stop = value["data_offsets"]
+    return Entry(DTYPES[value["dtype"]], tuple(value["shape"]), offset + start, offset + stop)
+
+
+def read_into(file: BinaryIO, entry: Entry, target: Tensor) -> None:
+    """Bytes of `entry` of an unbuffered file into `target`, without a second copy where device and type agree."""
+    direct = target.device.type == "cpu" and target.dtype == entry.dtype and target.is_contiguous()
+    buffer = target if direct else torch.empty(entry.shape, dtype=entry.dtype)
+    if buffer.numel():
+        file.seek(entry.start)
+        rest = _bytes(buffer)
+        while rest:  # one read gives at most 2 GiB
+            rest = rest[file.readinto(rest) :]
+    if not direct:
+        target.copy_(buffer)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return memoryview(tensor.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy 2 is a buffer
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write one safetensors file, tensor by tensor, and put it in place only when it is whole."""
+    table: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    names, offset = {dtype: name for name, dtype in DTYPES.items()}, 0
+    for name, tensor in tensors.items():
+        stop = offset + tensor.nbytes
+        table[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, stop]}
+        offset = stop
+    header = json.dumps(table).encode()
+    header += b" " * (-len(header) % 8)
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for tensor in tensors.values():
+            if tensor.numel():
+                file.write(_bytes(tensor.detach().cpu().contiguous()))
+    os.replace(part, path)
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of one safetensors file, on the CPU."""
+    entries = read_header(path)
+    tensors = {name: torch.empty(e.shape, dtype=e.dtype) for name, e in entries.items()}
+    with path.open("rb") as file:
+        for name, entry in entries.items():
+            read_into(file, entry, tensors[name])
+    return tensors
+
+
+def read_metadata(path: Path, key: str) -> str:
+    """One entry of a safetensors file's metadata.
+
+    Raises:
+        WeightsError: not a safetensors file, or one without the entry.
+    """
+    read_header(path)
+    with path.open("rb") as file:
+        table = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    if key not in table.get("__metadata__", {}):
+        raise WeightsError(f"{path} holds no {key}; it was written by something else")
+    return table["__metadata__"][key]
