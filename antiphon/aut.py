@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from antiphon.audio import QUIETEST, normalize
 from antiphon.config import AudioConfig
-from antiphon.layers import Attention, RMSNorm, attend, rotary
+from antiphon.layers import Attention, RMSNorm, attend, span_rotary
 from antiphon.streaming import KVCache, State, by_row, in_step, keep, open_span, take
 
 LOG_FLOOR = math.log10(QUIETEST)  # raw log-mel of silence
@@ -42,10 +42,11 @@ class WideAttention(nn.Module):
 
     def forward(self, x: Tensor, memory: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """x [B, T, W] over `memory` where mask [B, 1, 1, S] allows -> [B, T, W]."""
-        return self.out_proj(attend(self._split(self.q_proj(x)), *memory, mask))
+        q = self.q_proj(x).unflatten(-1, (self.heads, -1))
+        return self.out_proj(attend(q, *memory, mask).view_as(x))
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class EncoderLayer(nn.Module):
@@ -267,11 +268,11 @@ class TextDecoder(nn.Module):
     ) -> Tensor:
         """Logits [B, Q, V] after each of ids [B, Q]; `heard` [B, S] is False where a padded batch has no audio."""
         x = self.embed_tokens(ids)
-        span = open_span(state, x)
-        turn = rotary(span.positions, self.width // self.config.heads, self.config.rope_theta, x.dtype)
+        span, head_dim = open_span(state, x), self.width // self.config.heads
+        turn = span_rotary(span, ids.shape[0], None, head_dim, self.config.rope_theta, x.dtype)
         mask = None if heard is None else heard[:, None, None]
         for i, layer in enumerate(self._layers()):
-            x = x + layer.self_attn(layer.self_attn_norm(x), turn, span, i)
+            x = x + layer.self_attn(layer.self_attn_norm(x).flatten(0, 1), turn, span, i).view_as(x)
             x = x + layer.cross_attn(layer.cross_attn_norm(x), memory[i], mask)
             x = x + layer.fc2(F.gelu(layer.fc1(layer.mlp_norm(x))))
         span.close()

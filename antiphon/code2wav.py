@@ -10,6 +10,7 @@ Shapes: R rows, T frames, Q codebooks, C channels, W width; inside the convoluti
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,11 +39,22 @@ class SnakeBeta(nn.Module):
         super().__init__()
         self.alpha = nn.Parameter(torch.zeros(channels))
         self.beta = nn.Parameter(torch.zeros(channels))
+        self._known: tuple[Any, Any] = (None, None)
 
     def forward(self, x: Tensor) -> Tensor:
         """[R, C, T] -> [R, C, T]."""
-        alpha, beta = self.alpha.exp()[:, None], self.beta.exp()[:, None]
-        return torch.addcmul(x, (x * alpha).sin().square(), 1 / (beta + 1e-9))
+        alpha, scale = self._factors()
+        wave = (x * alpha).sin()
+        return torch.addcmul(x, wave * scale, wave)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """exp(alpha) and 1 / exp(beta) [C, 1]; computed again only when the weights have changed."""
+        if torch.is_grad_enabled():
+            return self.alpha.exp()[:, None], 1 / (self.beta.exp()[:, None] + 1e-9)
+        version = (self.alpha.data_ptr(), self.alpha._version, self.beta._version, self.alpha.dtype)
+        if self._known[0] != version:
+            self._known = (version, (self.alpha.exp()[:, None], 1 / (self.beta.exp()[:, None] + 1e-9)))
+        return self._known[1]
 
 
 class WindowLayer(nn.Module):
@@ -60,7 +72,7 @@ class WindowLayer(nn.Module):
         self.mlp_layer_scale = LayerScale(width, scale)
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], span: Span, layer: int) -> Tensor:
-        """[R, T, W] -> [R, T, W]."""
+        """[N, W] -> [N, W], N = R * T."""
         x = x + self.self_attn_layer_scale(self.self_attn(self.input_layernorm(x), turn, span, layer))
         return x + self.mlp_layer_scale(self.mlp(self.post_attention_layernorm(x)))
 

@@ -99,7 +99,7 @@ class TransformerLayer(nn.Module):
         self.mlp_layer_scale = LayerScale(width, c.layer_scale_initial_scale)
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], span: Span, layer: int) -> Tensor:
-        """[R, T, W] -> [R, T, W]."""
+        """[N, W] -> [N, W], N = R * T."""
         x = x + self.self_attn_layer_scale(self.self_attn(self.input_layernorm(x), turn, span, layer))
         return x + self.mlp_layer_scale(self.mlp(self.post_attention_layernorm(x)))
 

@@ -152,6 +152,8 @@ class DecoderConfig:
             )
         if self.num_experts:
             _positive(self, where, "moe_intermediate_size")
+        if (self.shared_expert_intermediate_size or 0) < 0:
+            raise ConfigError(f"{where}.shared_expert_intermediate_size is below zero")
         if self.dense_layers:
             if self.intermediate_size is None:
                 raise ConfigError(f"{where}.intermediate_size is missing; this model has dense layers that need it")
@@ -256,6 +258,8 @@ class Code2WavConfig:
         )
         if self.head_dim % 2:
             raise ConfigError(f"{where}: head size {self.head_dim}; rotary positions need an even number")
+        if not (self.rms_norm_eps > 0 and self.rope_theta > 0):
+            raise ConfigError(f"{where}.rms_norm_eps and {where}.rope_theta must be above zero")
         if min((*self.upsample_rates, *self.upsampling_ratios), default=0) < 1:
             raise ConfigError(f"{where}.upsample_rates and upsampling_ratios must be lists of numbers above zero")
         if self.decoder_dim % 2 ** len(self.upsample_rates):
@@ -366,6 +370,12 @@ class OmniConfig:
             return
         self.talker.check("talker_config")
         self.code2wav.check("code2wav_config")
+        _equal(
+            "talker_config.code_predictor_config.hidden_size",
+            self.talker.mtp.hidden_size,
+            "the Talker's width",
+            self.talker.text.hidden_size,
+        )
         _equal(
             "talker_config.thinker_hidden_size",
             self.talker.thinker_hidden_size,

@@ -20,8 +20,8 @@ from unicodedata import category
 import torch
 from torch import Tensor
 
-from antiphon.audio import MAX_SECONDS, Resampler, check_samples
-from antiphon.errors import AudioError, InputError
+from antiphon.audio import MAX_SECONDS, Resampler, Samples, check_samples
+from antiphon.errors import AntiphonError, AudioError, InputError
 from antiphon.files import read_metadata, read_safetensors, write_safetensors
 from antiphon.messages import parts_of, read_part, text_of, tool_call
 from antiphon.model import Boxes
@@ -140,7 +140,14 @@ class Conversation:
         return self.model.tokenizer.encode("\n")[0]
 
     def append_text(self, text: str) -> None:
-        """Add text to the user's turn."""
+        """Add text to the user's turn.
+
+        Raises:
+            InputError: no text, or not Unicode; nothing is changed then.
+        """
+        if not isinstance(text, str):
+            raise InputError(f"text must be a string, not {type(text).__name__}")
+        self.model.tokenizer.encode(text)  # refuses what is not Unicode
         self._begin_turn()
         self._end_clip()
         self.writer.text(text)
@@ -169,8 +176,9 @@ class Conversation:
         Raises:
             AudioError: samples that are no sound.
         """
-        x = torch.from_numpy(check_samples(samples, rate))
-        features = self._grad_free(self._encode, x, rate)
+        self._add_clip(self._grad_free(self._encode, check_samples(samples, rate), rate))
+
+    def _add_clip(self, features: Tensor) -> None:
         self._begin_turn()
         self._end_clip()
         self._add(self.writer.open_audio())
@@ -186,21 +194,22 @@ class Conversation:
         Raises:
             InputError, AudioError: a message of another form, or sound that cannot be used.
         """
+        if not isinstance(message, Mapping):
+            raise InputError('a message must have the form {"role": …, "content": …}')
         role = message.get("role")
         if role == "user":
-            parts = [read_part(part) for part in parts_of(message)]
+            read = [read_part(part) for part in parts_of(message)]
+            parts = [part if isinstance(part, str) else self._grad_free(self._encode, *part) for part in read]
             self._begin_turn()
             for part in parts:
-                if isinstance(part, str):
-                    self.append_text(part)
-                else:
-                    self.append_clip(*part)
+                self.append_text(part) if isinstance(part, str) else self._add_clip(part)
             self.commit()
         elif role in ("system", "developer", "assistant", "tool"):
             self.commit()
             text = "".join(text_of(part) for part in parts_of(message, optional=role == "assistant"))
             if role == "assistant":
-                text = assistant_text(text, [tool_call(call) for call in message.get("tool_calls") or ()])
+                calls = message.get("tool_calls") or []
+                text = assistant_text(text, [tool_call(c) for c in (calls if isinstance(calls, list) else [calls])])
             if role == "tool":  # the Thinker reads results as the user's words
                 self.append_text(tool_results_text([text]))
                 self.commit()
@@ -232,11 +241,13 @@ class Conversation:
             self.ear = None
             self._add(self.writer.close_audio())
 
-    def _encode(self, samples: Tensor, rate: int) -> Tensor:
+    def _encode(self, samples: Samples, rate: int) -> Tensor:
         """Audio embeddings [n, U] of a whole clip [N]."""
         model, front = self.model, self.model.config.audio.mel
         dtype = torch.promote_types(model.dtype, torch.float32)
-        wave = Resampler(rate, front.sample_rate).to(model.device)(samples[None].to(model.device, dtype))
+        wave = Resampler(rate, front.sample_rate).to(model.device)(
+            torch.from_numpy(samples)[None].to(model.device, dtype)
+        )
         mel = model.log_mel(wave)
         self.note("mel", mel[0])
         return model.aut(mel, window=self.window, peak=mel.amax((1, 2)))[0]
@@ -366,7 +377,10 @@ class Conversation:
         facts["answer"] = self.answer and asdict(self.answer)
         facts["writer"] = self.writer.pending
         facts["ear"] = self.ear and {"rate": self.ear.rate, "samples": self.ear.samples}
-        write_safetensors(Path(path), tensors, {"session": json.dumps(facts)})
+        try:
+            write_safetensors(Path(path), tensors, {"session": json.dumps(facts)})
+        except OSError as error:
+            raise AntiphonError(f"{path} cannot be written: {error.strerror}") from None
 
     @classmethod
     def load(cls, model: Boxes, path: str | Path) -> Self:

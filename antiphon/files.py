@@ -8,11 +8,13 @@ its size while it loads.
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,11 +69,13 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def _entry(value: dict[str, Any], offset: int) -> Entry:
-    start, stop = value["data_offsets"]
-    return Entry(DTYPES[value["dtype"]], tuple(value["shape"]), offset + start, offset + stop)
+    (start, stop), dtype, shape = value["data_offsets"], DTYPES[value["dtype"]], tuple(value["shape"])
+    if start < 0 or min(shape, default=0) < 0 or stop - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError
+    return Entry(dtype, shape, offset + start, offset + stop)
 
 
-def read_into(file: BinaryIO, entry: Entry, target: Tensor) -> None:
+def read_into(file: RawIOBase, entry: Entry, target: Tensor) -> None:
     """Bytes of `entry` of an unbuffered file into `target`, without a second copy where device and type agree."""
     direct = target.device.type == "cpu" and target.dtype == entry.dtype and target.is_contiguous()
     buffer = target if direct else torch.empty(entry.shape, dtype=entry.dtype)
@@ -79,7 +83,10 @@ def read_into(file: BinaryIO, entry: Entry, target: Tensor) -> None:
         file.seek(entry.start)
         rest = _bytes(buffer)
         while rest:  # one read gives at most 2 GiB
-            rest = rest[file.readinto(rest) :]
+            count = file.readinto(rest)
+            if not count:
+                raise WeightsError(f"{getattr(file, 'name', 'the file')} ended while it was read; download it again")
+            rest = rest[count:]
     if not direct:
         target.copy_(buffer)
 
@@ -112,7 +119,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of one safetensors file, on the CPU."""
     entries = read_header(path)
     tensors = {name: torch.empty(e.shape, dtype=e.dtype) for name, e in entries.items()}
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         for name, entry in entries.items():
             read_into(file, entry, tensors[name])
     return tensors

@@ -8,10 +8,11 @@ Shapes: V vocabulary, W the Talker's width, Q codebooks, N samples.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ from antiphon.spoken import spoken
 from antiphon.talker import opening_rows, trailing_text
 from antiphon.tokenizer import StreamDecoder, ToolCall, parse_tool_calls
 from antiphon.weights import load_checkpoint
+
+# before these a token ends, whatever comes: the first space after a word, and a mark of unspaced scripts after a letter
+TOKEN_ENDS = re.compile(r"(?<=\S) |(?<=[^\W_])[，。！？、；：]")
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,9 @@ class Options:
     verbatim: bool = False
 
     def __post_init__(self) -> None:
+        for name, kind in get_type_hints(Options).items():
+            if not isinstance(getattr(self, name), kind):
+                raise InputError(f"{name} is {getattr(self, name)!r}; expected {getattr(kind, '__name__', kind)}")
         if self.max_text_tokens < 1 or self.max_frames < 1:
             raise InputError("max_text_tokens and max_frames must be at least 1")
 
@@ -122,6 +129,7 @@ class Session(Conversation):
         clock = Phases()
         self.turn += 1
         with clock("prefill"):
+            self.commit()  # what was said since `respond` was called belongs to the question
             self._add(self.writer.open_reply(), user=False)
             self._read()
         thought = Thought(self, options, clock, generation)
@@ -158,6 +166,8 @@ class Session(Conversation):
         speaker = self._speaker(options)
         if speaker is None:
             raise InputError("speak needs audio; leave audio=True")
+        if not isinstance(words, Iterable):
+            raise InputError(f"speak needs text or pieces of text, not {type(words).__name__}")
         return self._speak(_token_stream(words, self.model), options, speaker)
 
     @torch.inference_mode()
@@ -334,12 +344,13 @@ def _options(options: Options | None, changes: dict[str, Any]) -> Options:
 
 
 def _token_stream(words: Iterable[str], model: Boxes) -> Iterator[int]:
-    """Ids of text that arrives in pieces; the last word of a piece waits, since it may go on in the next."""
+    """Ids of text that arrives in pieces: those of the whole text. The last word waits, since it may go on."""
     held = ""
     for piece in [words] if isinstance(words, str) else words:
+        if not isinstance(piece, str):
+            raise InputError(f"speak needs text or pieces of text, not {type(piece).__name__}")
         held += piece
-        cut = max(held.rfind(" "), held.rfind("\n"))
-        if cut > 0:
+        if cut := max((end.start() for end in TOKEN_ENDS.finditer(held)), default=0):
             yield from model.tokenizer.encode(held[:cut])
             held = held[cut:]
     yield from model.tokenizer.encode(held)
@@ -386,6 +397,8 @@ class Omni(Boxes):
         Raises:
             InputError, AudioError: unknown voice or option, or messages of another form.
         """
+        if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
+            raise InputError('messages must be a list of messages of the form {"role": …, "content": …}')
         messages = list(messages)
         system = None
         if messages and tools and messages[0].get("role") in ("system", "developer"):

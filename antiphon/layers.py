@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from antiphon.config import DecoderConfig
-from antiphon.streaming import KVCache, Span, WindowCache, open_span
+from antiphon.streaming import FrameCache, FrameSpan, KVCache, Span, WindowCache, open_span
 
 
 def widened(x: Tensor) -> Tensor:
     """x in float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 class RMSNorm(nn.Module):
@@ -34,9 +34,21 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, dim] -> […, dim]."""
-        if x.dtype in (torch.float32, torch.float64):
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return self.weight * F.rms_norm(widened(x), self.weight.shape, None, self.eps).to(x.dtype)
+        return self.weight * unit_rms(x, self.eps)
+
+
+def unit_rms(x: Tensor, eps: float) -> Tensor:
+    """x [.., D] over its root mean square. Four kernels; F.rms_norm is a dozen on a CPU, half the time of a step."""
+    wide = widened(x)
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    scale = torch.addcmul(_constant(eps, wide.device, wide.dtype), length, length, value=1 / x.shape[-1]).rsqrt()
+    return wide * scale if wide is x else (wide * scale).to(x.dtype)
+
+
+@lru_cache
+def _constant(value: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(value, device=device, dtype=dtype)
 
 
 class LayerScale(nn.Module):
@@ -65,28 +77,42 @@ def _frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines [B, T, 1, D] of positions [B, T]; angles in float32 whatever the model's type."""
-    angles = positions[..., None, None].float() * _frequencies(head_dim, theta, positions.device)
+    """Cosines and signed sines [N, 1, D] of positions [N]; angles in float32 whatever the model's type."""
+    angles = positions[:, None, None].float() * _frequencies(head_dim, theta, positions.device)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions applied to x [B, T, H, D]: the halves of D are the pairs that turn."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    """Rotary positions applied to x [N, H, D]: the halves of D are the pairs that turn."""
+    return torch.addcmul(x * cos, x.index_select(-1, _swapped_halves(x.shape[-1], x.device)), sin)
+
+
+@lru_cache
+def _swapped_halves(dim: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(dim, device=device).roll(dim // 2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention of q [B, H, T, D] over k, v [B, K, S, D] where mask [B, 1, T, S] allows -> [B, T, H * D]."""
-    groups, (batch, heads, steps, dim) = q.shape[1] // k.shape[1], q.shape
-    if groups > 1:  # query heads of one key head are further queries of it, so keys are not repeated in memory
-        q = q.reshape(batch, k.shape[1], groups * steps, dim)
-        if mask is not None and steps > 1:
-            mask = mask.repeat(1, 1, groups, 1)
+    """Softmax attention of q [B, T, H, D] over k, v [B, K, S, D] where mask [B, 1, T, S] allows -> [B * T, H * D].
+
+    Query heads of one key head are further queries of it, so keys are not repeated in memory.
+    """
+    (batch, steps, heads, dim), keys = q.shape, k.shape[1]
+    if (
+        steps == 1 and q.device.type == "cpu"
+    ):  # a single step is all overhead: three kernels, a third of the fused one's
+        q = q.reshape(batch * keys, heads // keys, dim)
+        scores = torch.bmm(q, k.flatten(0, 1).transpose(1, 2)) * dim**-0.5
+        if mask is not None:
+            scores = torch.where(mask[:, 0], scores.view(batch, heads, -1), -torch.inf).view_as(scores)
+        return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).view(batch, heads * dim)
+    q = q.transpose(1, 2).reshape(batch, keys, -1, dim)
+    if mask is not None and heads > keys:
+        mask = mask.repeat(1, 1, heads // keys, 1)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    if groups > 1:
-        y = y.reshape(batch, heads, steps, dim)
-    return y.transpose(1, 2).reshape(batch, steps, heads * dim)
+    return y.reshape(batch, heads, steps, dim).transpose(1, 2).reshape(batch * steps, heads * dim)
 
 
 class Attention(nn.Module):
@@ -97,6 +123,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.kinds, self.turning = [heads, kv_heads], [heads + kv_heads, kv_heads]
         parts = {"q_proj": heads * head_dim, "k_proj": kv_heads * head_dim, "v_proj": kv_heads * head_dim}
         self.qkv_proj = FusedLinear(width, parts, bias=bias)
         self.o_proj = nn.Linear(heads * head_dim, width, bias=bias)
@@ -104,15 +131,15 @@ class Attention(nn.Module):
         self.k_norm = None if norm_eps is None else RMSNorm(head_dim, norm_eps)
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], span: Span, layer: int) -> Tensor:
-        """[B, T, W] -> [B, T, W]; `turn` is what `rotary` gave for the span."""
-        y = self.qkv_proj(x).view(*x.shape[:2], -1, self.head_dim)  # [B, T, H + 2K, D]
-        turning = self.heads + self.kv_heads
-        qk = y[:, :, :turning]
+        """x [N, W] -> [N, W], N = B * T steps of the span; `turn` is what `rotary` gave for them."""
+        shape = (x.shape[0] // span.steps, span.steps, -1, self.head_dim)
+        qk, v = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim).split(self.turning, 1)  # [N, H + K or K, D]
         if self.q_norm is not None and self.k_norm is not None:
-            qk = torch.cat([self.q_norm(qk[:, :, : self.heads]), self.k_norm(qk[:, :, self.heads :])], 2)
-        qk = rotate(qk, *turn).transpose(1, 2)
-        k, v = span.store(layer, qk[:, self.heads :], y[:, :, turning:].transpose(1, 2))
-        return self.o_proj(attend(qk[:, : self.heads], k, v, span.mask))
+            weight = (self.q_norm.weight.expand(self.heads, -1), self.k_norm.weight.expand(self.kv_heads, -1))
+            qk = unit_rms(qk, self.q_norm.eps) * torch.cat(weight)
+        q, k = rotate(qk, *turn).view(shape).split(self.kinds, 2)  # [B, T, H or K, D]
+        k, v = span.store(layer, k.transpose(1, 2), v.reshape(shape).transpose(1, 2))
+        return self.o_proj(attend(q, k, v, span.mask))
 
 
 class SwiGLU(nn.Module):
@@ -208,15 +235,14 @@ class SparseMLP(nn.Module):
         self.shared_expert_gate = None if shared is None else nn.Linear(width, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, W] -> [B, T, W]."""
-        flat = x.flatten(0, 1)
-        weight, chosen = self.gate(flat).topk(self.top_k, -1)
+        """[N, W] -> [N, W]."""
+        weight, chosen = self.gate(x).topk(self.top_k, -1)
         if self.normalize:
             weight = weight / weight.sum(-1, keepdim=True)
-        y = self.experts(flat, chosen, weight.to(x.dtype))
+        y = self.experts(x, chosen, weight.to(x.dtype))
         if self.shared_expert is not None and self.shared_expert_gate is not None:
-            y = y + self.shared_expert_gate(flat).sigmoid() * self.shared_expert(flat)
-        return y.view_as(x)
+            y = y + self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
+        return y
 
 
 class DecoderLayer(nn.Module):
@@ -238,7 +264,7 @@ class DecoderLayer(nn.Module):
         self.mlp = SparseMLP(config) if config.sparse(index) else SwiGLU(width, config.intermediate_size or 0)
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], span: Span, layer: int) -> Tensor:
-        """[B, T, W] -> [B, T, W]."""
+        """[N, W] -> [N, W]."""
         x = x + self.self_attn(self.input_layernorm(x), turn, span, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -246,7 +272,7 @@ class DecoderLayer(nn.Module):
 def run_layers(
     layers: nn.ModuleList,
     x: Tensor,
-    cache: KVCache | WindowCache | None,
+    cache: KVCache | WindowCache | FrameCache | None,
     head_dim: int,
     theta: float,
     *,
@@ -259,15 +285,36 @@ def run_layers(
     `positions` [B, T] turn the keys; by default they follow the cache. `tap` counts as transformers' tuple of hidden
     states does: 0 is x itself, k the output of the k-th layer.
     """
-    span = open_span(cache, x, window)
-    turn = rotary(span.positions if positions is None else positions, head_dim, theta, x.dtype)
+    shape, span = x.shape, open_span(cache, x, window)
+    turn = span_rotary(span, shape[0], positions, head_dim, theta, x.dtype)
+    x = x.reshape(-1, shape[-1])  # one row per step: products of two dimensions cost half of three
     tapped = x
     for index, layer in enumerate(layers):
         x = layer(x, turn, span, index)
         if tap is not None and index + 1 == tap:
             tapped = x
     span.close()
-    return x, tapped
+    return x.view(shape), tapped.view(shape)
+
+
+def span_rotary(
+    span: Span, batch: int, positions: Tensor | None, head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`rotary` of the span's steps, or of `positions` [B, T], for a batch of sequences."""
+    if positions is None and isinstance(span, FrameSpan):
+        return _frame_rotary(span.start, span.steps, batch, head_dim, theta, dtype, span.device)
+    positions = span.positions if positions is None else positions
+    return rotary(positions.expand(batch, -1).reshape(-1), head_dim, theta, dtype)
+
+
+@lru_cache(maxsize=1024)
+def _frame_rotary(
+    start: int, steps: int, batch: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    # a frame has a handful of positions, the same in every frame
+    with torch.inference_mode(False):
+        positions = torch.arange(start, start + steps, device=device).repeat(batch)
+        return rotary(positions, head_dim, theta, dtype)
 
 
 class Decoder(nn.Module):
@@ -285,7 +332,11 @@ class Decoder(nn.Module):
         return KVCache.empty(c.num_hidden_layers, rows, c.num_key_value_heads, c.head_dim, capacity, device, dtype)
 
     def forward(
-        self, x: Tensor, state: KVCache | None = None, positions: Tensor | None = None, tap: int | None = None
+        self,
+        x: Tensor,
+        state: KVCache | FrameCache | None = None,
+        positions: Tensor | None = None,
+        tap: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, W] -> normed states [B, T, W] and the states at layer `tap` (post-norm when it is the last)."""
         c = self.config

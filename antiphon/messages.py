@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from collections.abc import Mapping
 from os import PathLike
@@ -54,7 +53,7 @@ def read_part(part: Any) -> str | tuple[Samples, int]:
     if kind == "input_audio":
         try:
             return read_audio(base64.b64decode(part["input_audio"]["data"], validate=True))
-        except (KeyError, TypeError, binascii.Error):
+        except (KeyError, TypeError, ValueError):
             raise AudioError('input_audio needs {"data": base64 of a sound file, "format": "wav"}') from None
     if kind == "audio":
         return _sound(part.get("audio"))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from antiphon.config import DecoderConfig
 from antiphon.layers import Decoder
-from antiphon.streaming import KVCache
+from antiphon.streaming import FrameCache
 
 
 class MTPModel(Decoder):
@@ -39,11 +39,13 @@ class MTP(nn.Module):
             nn.Linear(config.hidden_size, config.vocab_size, bias=False) for _ in range(codebooks - 1)
         )
 
-    def init_state(self, rows: int, device: torch.device, dtype: torch.dtype) -> KVCache:
+    def init_state(self, rows: int, device: torch.device, dtype: torch.dtype) -> FrameCache:
         """A cache for one frame of each row."""
-        return self.model.init_state(rows, self.codebooks, device, dtype)
+        c = self.config
+        heads = (c.num_key_value_heads, c.head_dim)
+        return FrameCache.empty(c.num_hidden_layers, rows, *heads, self.codebooks, device, dtype)
 
-    def forward(self, x: Tensor, state: KVCache | None = None, final: bool = False) -> Tensor:
+    def forward(self, x: Tensor, state: FrameCache | None = None, final: bool = False) -> Tensor:
         """Embedded steps [N, T, W] -> normed states [N, T, W]; `lm_head[i]` reads the step of codebook i."""
         return self.model(x, state)[0]
 
@@ -63,13 +65,13 @@ class MTP(nn.Module):
         return torch.stack([head(states[:, i]) for i, head in enumerate(self.lm_head)], 1)
 
     def predict(
-        self, hidden: Tensor, first: Tensor, choose: Callable[[Tensor, int], Tensor], state: KVCache
+        self, hidden: Tensor, first: Tensor, choose: Callable[[Tensor, int], Tensor], state: FrameCache
     ) -> tuple[Tensor, Tensor]:
         """Residual codes [N, Q - 1] of one frame and the sum [N, W] of their embeddings.
 
         `choose(logits [N, V], codebook)` draws a code [N]; `state` is scratch space of `init_state`.
         """
-        state.reset()
+        state.restart()
         states = self(torch.stack([hidden, first], 1), state)
         codes, total = [], torch.zeros_like(first)
         for i, (head, table) in enumerate(zip(self.lm_head, self.model.codec_embedding, strict=True)):

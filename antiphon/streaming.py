@@ -110,8 +110,13 @@ class State:
 class Span(Protocol):
     """The T new steps of one call: where they stand, what they may see, and where their keys go."""
 
-    positions: Tensor  # [R or 1, T] place of each step in its sequence
-    mask: Tensor  # bool [R or 1, 1, T, S], True where a step may look
+    steps: int  # T
+    mask: Tensor | None  # bool [R or 1, 1, T, S], True where a step may look; None where it may look anywhere
+
+    @property
+    def positions(self) -> Tensor:
+        """Place of each step in its sequence [R or 1, T]."""
+        ...
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep keys and values [R, H, T, D] of `layer`; returns all that the steps attend over [R, H, S, D]."""
@@ -126,14 +131,15 @@ class Span(Protocol):
 class WholeSpan:
     """A whole sequence at once: nothing is kept."""
 
+    steps: int
     positions: Tensor
-    mask: Tensor
+    mask: Tensor | None
 
     @classmethod
     def of(cls, steps: int, window: int | None, device: torch.device) -> WholeSpan:
         """Causal span of `steps`, each seeing at most the last `window` steps, itself included."""
         positions = torch.arange(steps, device=device)[None]
-        return cls(positions, _visible(positions, positions, window))
+        return cls(steps, positions, _visible(positions, positions, window))
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Nothing to keep."""
@@ -143,7 +149,7 @@ class WholeSpan:
         """Nothing to move on."""
 
 
-def open_span(cache: KVCache | WindowCache | None, x: Tensor, window: int | None = None) -> Span:
+def open_span(cache: KVCache | WindowCache | FrameCache | None, x: Tensor, window: int | None = None) -> Span:
     """The span of x [B, T, …] after what `cache` holds."""
     return WholeSpan.of(x.shape[1], window, x.device) if cache is None else cache.span(x.shape[1])
 
@@ -232,7 +238,7 @@ class _CacheSpan:
         self.positions = cache.length[:, None] + torch.arange(steps, device=device)
         # whole blocks, so that a row's attention runs over the same number of slots alone and in a batch
         self.used = min(-(-(cache.filled + steps) // CACHE_BLOCK) * CACHE_BLOCK, cache.k.shape[3])
-        self.mask = _visible(self.positions, torch.arange(self.used, device=device)[None], None)
+        self.mask: Tensor | None = _visible(self.positions, torch.arange(self.used, device=device)[None], None)
         self.index = self.positions[:, None, :, None]
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -278,13 +284,66 @@ class _WindowSpan:
         kept = cache.k.shape[3]
         places = cache.length[:, None] + torch.arange(-kept, steps, device=cache.k.device)
         self.positions = places[:, kept:]
-        self.mask = _visible(self.positions, places, kept + 1)
+        self.mask: Tensor | None = _visible(self.positions, places, kept + 1)
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return roll(self.cache.k[layer], k, 2), roll(self.cache.v[layer], v, 2)
 
     def close(self) -> None:
         self.cache.length += self.steps
+
+
+@dataclass
+class FrameCache(State):
+    """Keys and values within one frame: a few steps, all rows at the same one, started over for every frame."""
+
+    k: Tensor = by_row(1)  # [L, R, H, steps at most, D]
+    v: Tensor = by_row(1)
+    step: int = 0
+
+    @classmethod
+    def empty(
+        cls, layers: int, rows: int, heads: int, head_dim: int, steps: int, device: torch.device, dtype: torch.dtype
+    ) -> FrameCache:
+        """A cache before its first frame."""
+        k = torch.zeros(layers, rows, heads, steps, head_dim, device=device, dtype=dtype)
+        return cls(k, k.clone())
+
+    def restart(self) -> None:
+        """Begin a frame; what the last one left is overwritten before it is seen."""
+        self.step = 0
+
+    def span(self, steps: int) -> FrameSpan:
+        """The next `steps` steps of the frame."""
+        return FrameSpan(self, self.step, steps)
+
+
+class FrameSpan:
+    """Steps whose place the host knows, so that a single one needs neither mask nor index."""
+
+    def __init__(self, cache: FrameCache, start: int, steps: int) -> None:
+        self.cache, self.start, self.steps = cache, start, steps
+        self.device = cache.k.device
+        self.mask: Tensor | None = None
+        if steps > 1:
+            self.mask = _visible(self.positions, torch.arange(start + steps, device=self.device)[None], None)
+
+    @property
+    def positions(self) -> Tensor:
+        """[1, T]."""
+        return torch.arange(self.start, self.start + self.steps, device=self.device)[None]
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep keys and values; all of the frame so far."""
+        stop = self.start + self.steps
+        keys, values = self.cache.k[layer], self.cache.v[layer]
+        keys[:, :, self.start : stop] = k
+        values[:, :, self.start : stop] = v
+        return keys[:, :, :stop], values[:, :, :stop]
+
+    def close(self) -> None:
+        """The steps are past."""
+        self.cache.step = self.start + self.steps
 
 
 # ----------------------------------------------------------------------------------------- convolutions
@@ -337,8 +396,9 @@ class CausalConv1d(nn.Module):
 
 
 def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
-    """`conv` of x [B, C, T]; on a CPU as one matrix product over windows, which is 3 to 5 times faster than conv1d
-    for the short pieces of a stream. Training and long pieces keep conv1d: the windows take its kernel times x's memory.
+    """`conv` of x [B, C, T]; on a CPU as one matrix product over windows, faster than conv1d for a stream's pieces.
+
+    Training and long pieces keep conv1d: the windows take its kernel times x's memory.
     """
     kernel, stride, dilation = conv.kernel_size[0], conv.stride[0], conv.dilation[0]
     small = x.numel() * kernel <= WINDOWED_AT_MOST
@@ -349,8 +409,10 @@ def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
     if kernel > 1 or stride > 1:
         rows, columns, _ = x.stride()
         x = x.as_strided((batch, channels, kernel, count), (rows, columns, dilation, stride))
-    y = torch.matmul(conv.weight.flatten(1), x.reshape(batch, channels * kernel, count))
-    return y if conv.bias is None else y.add_(conv.bias[:, None])
+    weight, x = conv.weight.view(1, conv.out_channels, -1), x.reshape(batch, channels * kernel, count)
+    if batch > 1:
+        weight = weight.expand(batch, -1, -1)
+    return torch.bmm(weight, x) if conv.bias is None else torch.baddbmm(conv.bias.view(1, -1, 1), weight, x)
 
 
 class CausalTransposedConv1d(nn.Module):

@@ -291,7 +291,8 @@ def system_text(text: str | None, tools: Sequence[Mapping[str, Any]] = ()) -> st
     if not tools:
         return text
     head = "" if text is None else f"{text}\n\n"
-    return head + TOOLS_BEFORE + "\n".join(map(_declaration, tools)) + TOOLS_AFTER
+    declared = map(_declaration, tools if isinstance(tools, Iterable) else [tools])
+    return head + TOOLS_BEFORE + "\n".join(declared) + TOOLS_AFTER
 
 
 def assistant_text(text: str, calls: Iterable[ToolCall]) -> str:
@@ -327,7 +328,7 @@ def _call_text(call: ToolCall) -> str:
 
 
 def _declaration(tool: Mapping[str, Any]) -> str:
-    function = tool.get("function") if tool.get("type") == "function" else None
+    function = tool.get("function") if isinstance(tool, Mapping) and tool.get("type") == "function" else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise InputError('a tool must have the form {"type": "function", "function": {"name": …, "parameters": …}}')
     return _json(tool)

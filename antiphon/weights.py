@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from antiphon.codec import Codec
 from antiphon.config import CodecConfig, OmniConfig, parse_codec_config, read_config, read_json, to_json
-from antiphon.errors import AntiphonError, WeightsError
+from antiphon.errors import AntiphonError, InputError, WeightsError
 from antiphon.files import Entry, read_header, read_into, read_metadata, write_safetensors
 from antiphon.layers import disk_tensors
 from antiphon.model import Boxes
@@ -102,8 +102,8 @@ def shards(folder: Path) -> dict[Path, dict[str, Entry]]:
     index = folder / INDEX
     if index.exists():
         table = read_json(index).get("weight_map")
-        if not isinstance(table, dict):
-            raise WeightsError(f"{index} has no weight_map; download the checkpoint again")
+        if not isinstance(table, dict) or not all(isinstance(file, str) for file in table.values()):
+            raise WeightsError(f"{index} has no weight_map of file names; download the checkpoint again")
         paths = [folder / name for name in sorted(set(table.values()))]
     elif (folder / SINGLE).exists():
         table, paths = None, [folder / SINGLE]
@@ -115,6 +115,9 @@ def shards(folder: Path) -> dict[Path, dict[str, Entry]]:
     for name, file in (table or {}).items():
         if name not in files[folder / file]:
             raise WeightsError(f"{folder / file} does not hold {name}, which {INDEX} places there")
+    for path, held in files.items():  # a tensor in two shards: the index says which counts
+        if (name := next((n for n in held if (table or {}).get(n, path.name) != path.name), None)) is not None:
+            raise WeightsError(f"{path} holds {name}, which {INDEX} places in {(table or {})[name]}")
     return {p: {n: e for n, e in held.items() if not n.startswith(LEFT_OUT)} for p, held in files.items()}
 
 
@@ -147,7 +150,23 @@ def build(
     """A model with memory but no values yet: it is made on the meta device and allocated once, in its final type."""
     with torch.device("meta"):
         model = kind(config, tokenizer)
-    return model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
+    return allocate(model, device, dtype)
+
+
+def allocate(model: Model, device: torch.device | str, dtype: torch.dtype) -> Model:
+    """A model made on the meta device, with memory of its own.
+
+    Raises:
+        InputError: no such device or type, or not enough memory.
+    """
+    try:
+        model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
+        if model.config.text.tie_word_embeddings:  # to_empty gave the two a memory each
+            model.thinker.lm_head.weight = model.thinker.model.embed_tokens.weight
+        return model
+    except (RuntimeError, TypeError, AssertionError) as error:  # all of them are torch's
+        reason = str(error).splitlines()[0]
+        raise InputError(f"the model cannot be made with device {device} and dtype {dtype}: {reason}") from None
 
 
 def load_checkpoint(
@@ -168,9 +187,11 @@ def load_checkpoint(
     config = read_config(folder)
     files = shards(folder)
     stored = next((e.dtype for entries in files.values() for e in entries.values()), torch.float32)
-    model = build(kind, config, find_tokenizer(folder, config), device, dtype or stored)
+    with torch.device("meta"):
+        model = kind(config, find_tokenizer(folder, config))
+    compare(dict(released_tensors(model)), files)  # before memory is asked for
+    model = allocate(model, device, dtype or stored)
     wanted = dict(released_tensors(model))
-    compare(wanted, files)
     done, total = 0, sum(e.stop - e.start for entries in files.values() for e in entries.values())
     for path, entries in files.items():
         with path.open("rb", buffering=0) as file:

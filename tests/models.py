@@ -242,8 +242,8 @@ def stop_speech_after(monkeypatch: pytest.MonkeyPatch, model: Omni, frames: int)
 
     def stopping(logits: Tensor, sampling: Any, noise: Any = None, *rest: Any) -> Tensor:
         drawn = choose(logits, sampling, noise, *rest)
-        first_codebook = noise is not None and noise.codebook == 0
-        return torch.full_like(drawn, stop) if first_codebook and noise.frame == frames else drawn
+        over = noise is not None and noise.codebook == 0 and noise.frame == frames
+        return torch.full_like(drawn, stop) if over else drawn
 
     monkeypatch.setattr(antiphon.generate, "choose", stopping)
 

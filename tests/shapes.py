@@ -203,11 +203,13 @@ def randomize(model: Any, seed: int) -> None:
         if name.endswith("_layer_scale.scale") or name.endswith(".gamma"):
             p.copy_(0.3 + 0.1 * noise)
         elif ("norm" in name and name.endswith("weight")) or name.endswith(".beta"):
-            p.copy_((2 if "q_norm" in name or "k_norm" in name else 1) + 0.1 * noise)  # so that single positions count
+            p.copy_(
+                (1.5 if "q_norm" in name or "k_norm" in name else 1) + 0.1 * noise
+            )  # so that single positions count
         elif p.ndim == 1:
             p.copy_(0.1 * noise)
         elif "embed" in name:
-            p.copy_(0.2 * noise)  # so that what was said before counts, and not the last token alone
+            p.copy_(0.4 * noise)  # so that what was said before counts, and not the last token alone
         else:
             fan_in = p.shape[-1] if p.ndim == 3 and "experts" in name else p.numel() // max(len(p), 1)
             # three times as large in AuT's convolutions, so that it hears the sound and not only its positions

@@ -233,7 +233,7 @@ def test_pieces_give_what_the_whole_gives_with_gradients(box):
 @pytest.mark.parametrize("most", [0, 3000, 30_000])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_both_ways_to_convolve_are_one_law(monkeypatch, most, dtype):
-    """Short pieces are convolved as matrix products and long ones are not: a stream and its whole may differ in that."""
+    """Short pieces are convolved as matrix products and long ones are not: a stream and its whole may mix."""
     monkeypatch.setattr(streaming, "WINDOWED_AT_MOST", most)
     assert_law(BOXES["code2wav"], 12, [1, 1, 4], dtype, 9)
 

@@ -142,6 +142,8 @@ def pairwise() -> list[Spec]:
 def _random_spec(rng: random.Random, number: int) -> Spec:
     turns, clips = rng.randint(1, 3), rng.randint(1, 3)
     durations = tuple(rng.choice([*DURATIONS]) for _ in range(turns * clips))
+    if sum(DURATIONS[d] for d in durations) > 45:  # keeps the default suite short
+        return _random_spec(rng, number)
     penalty, rate = (1.0, 1.05)[number // 2 % 2], (16000, 24000)[number % 2]
     shape, layout, system = rng.choice([*SHAPES]), LAYOUTS[number % 4], number // 4 % 2 == 1
     return Spec(shape, turns, clips, rng.random() < 0.5, layout, rate, system, penalty, durations, number)
@@ -211,7 +213,6 @@ def assert_means_something(stages: dict[str, Tensor]) -> None:
 def test_equal_to_transformers(spec: Spec, pair: Pairs, note: Note) -> None:
     stages = agreed(pair(spec.shape), spec.case(), note)
     assert_means_something(stages)
-    assert len(stages["codes"]) == 6
     assert len(stages["text_ids"]) == 6
 
 
@@ -230,8 +231,7 @@ def one_turn(*parts: str | tuple[Samples, int], **changes: Any) -> Case:
 def test_equal_without_any_sound(shape: str, pair: Pairs, note: Note) -> None:
     case = Case([["Say something."], ["Something."], ["More of it!"]], "Be brief.", "aiden", 6, 6)
     stages = agreed(pair(shape), case, note)
-    assert "audio_features" not in stages
-    assert len(stages["codes"]) == 6
+    assert set(STAGES) - set(stages) == {"mel", "audio_features"}
 
 
 def test_equal_where_only_one_turn_has_sound(pair: Pairs, note: Note) -> None:
@@ -258,17 +258,11 @@ def test_the_floor_of_the_mel_is_the_whole_files(pair: Pairs) -> None:
     assert float((normalize(start, mel.amax()) - normalize(start, start.amax())).abs().max()) > 0.1
 
 
-@pytest.mark.parametrize("penalty", [0.8, 1.0, 1.05, 1.3])
 @pytest.mark.parametrize("shape", ["base", "dense"])
-def test_equal_with_any_repetition_penalty(shape: str, penalty: float, pair: Pairs, note: Note) -> None:
-    agreed(pair(shape), one_turn(max_frames=20, repetition_penalty=penalty), note)
-
-
-def test_the_repetition_penalty_changes_codes(pair: Pairs) -> None:
-    plain, strong = (
-        trace(pair("dense").ours, one_turn(max_frames=20, repetition_penalty=p))["codes"] for p in (1.0, 1.3)
-    )
-    assert not torch.equal(plain, strong)
+def test_equal_with_any_repetition_penalty(shape: str, pair: Pairs, note: Note) -> None:
+    cases = [one_turn(max_frames=20, repetition_penalty=penalty) for penalty in (0.8, 1.0, 1.3)]
+    less, plain, more = (agreed(pair(shape), case, note)["codes"].tolist() for case in cases)
+    assert less != plain != more
 
 
 # ------------------------------------------------------------------------------------- where answers end
@@ -298,26 +292,33 @@ def reply_of(model: Omni, case: Case) -> Reply:
     return collect(session.respond(case.options))
 
 
-def answer_ending_at(pair: Pair, case: Case, place: int) -> Any:
-    """Makes the Thinker end its answer where token `place` would stand."""
-    ids, end = trace(pair.ours, case)["text_ids"], pair.ours.config.im_end_token_id
-    assert int(ids[place]) not in ids[:place]
-    return swapped(int(ids[place]), end, pair.ours.thinker.lm_head, pair.theirs.thinker.lm_head)
+def answer_ending_at(pair: Pair, place: int, **changes: Any) -> tuple[Case, Any]:
+    """A case, and what makes the Thinker end its answer to it where token `place` would stand."""
+    for seed in range(20):
+        case = one_turn(clip("1", 16000, seed), TEXTS[0], **changes)
+        ids, end = trace(pair.ours, case)["text_ids"], pair.ours.config.im_end_token_id
+        if int(ids[place]) not in ids[:place]:
+            return case, swapped(int(ids[place]), end, pair.ours.thinker.lm_head, pair.theirs.thinker.lm_head)
+    raise AssertionError("every answer repeats itself")
 
 
-def speech_ending_at(pair: Pair, case: Case, frame: int) -> Any:
-    """Makes the Talker end its speech where `frame` would stand."""
-    speech, codes = pair.ours.speaking(), trace(pair.ours, case)["codes"][:, 0]
-    assert int(codes[frame]) not in codes[:frame]
-    end = speech.talker.config.codec_eos_token_id
-    return swapped(int(codes[frame]), end, speech.talker.codec_head, pair.theirs.talker.codec_head)
+def speech_ending_at(pair: Pair, frame: int) -> tuple[Case, Any]:
+    """A case, and what makes the Talker end its speech where `frame` would stand."""
+    speech = pair.ours.speaking()
+    for seed in range(20):
+        case = one_turn(clip("1", 16000, seed), TEXTS[0])
+        codes, end = trace(pair.ours, case)["codes"][:, 0], speech.talker.config.codec_eos_token_id
+        if len(codes) > frame and int(codes[frame]) not in codes[:frame]:
+            return case, swapped(int(codes[frame]), end, speech.talker.codec_head, pair.theirs.talker.codec_head)
+    raise AssertionError("every speech repeats itself")
 
 
-@pytest.mark.parametrize("place", [1, 2, 4])
-@pytest.mark.parametrize("shape", ["base", "odd", "mixed"])
+@pytest.mark.parametrize("place", [1, 4])
+@pytest.mark.parametrize("shape", ["base", "deep"])
 def test_an_answer_that_ends_is_spoken_without_its_end(shape: str, place: int, pair: Pairs, note: Note) -> None:
-    both, case = pair(shape), one_turn(max_frames=8)
-    with answer_ending_at(both, case, place):
+    both = pair(shape)
+    case, ending = answer_ending_at(both, place, max_frames=8)
+    with ending:
         stages = agreed(both, case, note)
         reply = reply_of(both.ours, case)
     assert len(stages["text_ids"]) == place + 1
@@ -328,9 +329,10 @@ def test_an_answer_that_ends_is_spoken_without_its_end(shape: str, place: int, p
 
 def test_the_token_that_reaches_the_limit_is_not_spoken(pair: Pairs, note: Note) -> None:
     """Of n tokens the Talker gets n - 1, so the same words come out whatever the last token is."""
-    both, case = pair("base"), one_turn(max_text_tokens=4, max_frames=8)
+    both = pair("base")
+    case, ending = answer_ending_at(both, 3, max_text_tokens=4, max_frames=8)
     stages = agreed(both, case, note)
-    with answer_ending_at(both, case, 3):
+    with ending:
         ended = agreed(both, case, note)
     assert stages["text_ids"][3] != ended["text_ids"][3]
     assert torch.equal(stages["codes"], ended["codes"])
@@ -341,8 +343,9 @@ def test_the_token_that_reaches_the_limit_is_not_spoken(pair: Pairs, note: Note)
 
 @pytest.mark.parametrize("shape", ["base", "routed"])
 def test_no_words_no_sound(shape: str, pair: Pairs, note: Note) -> None:
-    both, case = pair(shape), one_turn()
-    with answer_ending_at(both, case, 0):
+    both = pair(shape)
+    case, ending = answer_ending_at(both, 0)
+    with ending:
         stages = agreed(both, case, note)
         reply = reply_of(both.ours, case)
     assert stages["text_ids"].tolist() == [both.ours.config.im_end_token_id]
@@ -363,8 +366,9 @@ def test_a_limit_of_one_token_gives_text_and_no_sound(pair: Pairs, note: Note) -
 
 @pytest.mark.parametrize("frame", [0, 1, 3])
 def test_speech_that_ends_early(frame: int, pair: Pairs, note: Note) -> None:
-    both, case = pair("odd"), one_turn()
-    with speech_ending_at(both, case, frame):
+    both = pair("base")
+    case, ending = speech_ending_at(both, frame)
+    with ending:
         stages = agreed(both, case, note)
         reply = reply_of(both.ours, case)
     assert ("codes" in stages) == (frame > 0)
@@ -683,14 +687,16 @@ def test_verify_refuses_another_file_as_golden(checkpoint: Checkpoints, tmp_path
         verify(checkpoint("base"), QUICK, golden=path)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_equal_in_other_types(dtype: torch.dtype, checkpoint: Checkpoints) -> None:
-    """Float64 agrees as float32 does. In bfloat16 the stages before the first drawn id are within its tolerance."""
-    ours, theirs = load(checkpoint("base"), dtype=dtype), load_reference(checkpoint("base"), dtype)
-    stages = trace(ours, QUICK)
-    rows = compare(stages, reference_stages(theirs, QUICK, stages["prompt_ids"], True), dtype)
-    wide = dtype == torch.float64
-    assert all(row.agrees for row in rows if wide or row.stage in STAGES[:4]), table(rows)
+@pytest.mark.parametrize(("shape", "dtype"), [("base", torch.float64), ("dense", torch.bfloat16)])
+def test_equal_in_other_types(shape: str, dtype: torch.dtype, checkpoint: Checkpoints) -> None:
+    """In bfloat16 without a choice of experts: where two of them score alike, rounding decides between them."""
+    model = load(checkpoint(shape), dtype=dtype)
+    stages = trace(model, QUICK)
+    theirs = reference_stages(load_reference(checkpoint(shape), dtype), QUICK, stages["prompt_ids"], True)
+    assert model.dtype == dtype
+    rows = compare(stages, theirs, dtype)
+    assert all(row.agrees for row in rows), table(rows)
+    assert dtype == torch.float64 or any(row.difference > 1e-4 for row in rows)  # it was computed in bfloat16
 
 
 def test_a_reference_is_left_as_it_was(pair: Pairs) -> None:

@@ -1,0 +1,40 @@
+# Everything a newcomer and CI need. `make test` sets up on a fresh machine and runs the tests.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: test test-long check parity bench clean
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+## the default suite
+test: $(STAMP)
+	$(BIN)/pytest -n 2 --dist worksteal
+
+## every combination: shapes x durations x turns x clips
+test-long: $(STAMP)
+	$(BIN)/pytest -n 2 --dist worksteal -m long
+
+## style and types
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+## antiphon verify on the six random checkpoints (the README's parity table)
+parity: $(STAMP)
+	$(BIN)/python -m tests.parity_table
+
+## frames per second over transformers (the README's speed table), and what the peak so far changes
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.vs_transformers
+	$(BIN)/python -m benchmarks.front_end_peak
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
