@@ -313,8 +313,19 @@ class FrameCache(State):
         """Begin a frame; what the last one left is overwritten before it is seen."""
         self.step = 0
 
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        """Forget `rows` and begin a frame, for all rows: they are at the same step."""
+        super().reset(rows)
+        self.restart()
+
     def span(self, steps: int) -> FrameSpan:
-        """The next `steps` steps of the frame."""
+        """The next `steps` steps of the frame.
+
+        Raises:
+            CapacityError: more than a frame has.
+        """
+        if self.step + steps > self.k.shape[3]:
+            raise CapacityError(f"a frame has {self.k.shape[3]} steps; begin the next one with restart")
         return FrameSpan(self, self.step, steps)
 
 

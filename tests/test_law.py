@@ -168,6 +168,9 @@ BOXES = {
     )
 }
 every_box = pytest.mark.parametrize("box", BOXES.values(), ids=list(BOXES))
+# MTP remembers nothing between frames, and inside one its rows are at the same step: nobody is reset or saved there
+STREAMS = [box for name, box in BOXES.items() if name != "mtp"]
+every_stream = pytest.mark.parametrize("box", STREAMS, ids=[box.name for box in STREAMS])
 
 
 def in_pieces(
@@ -381,8 +384,30 @@ def test_mtp_step_by_step_equals_at_once(dtype):
     assert_same(total, box.embed(codes).sum(1), dtype)
 
     seen.clear()
+    box.predict(first, hidden, greedy, state)  # another frame
+    seen.clear()
+    spoil(state, 1)
     again, _ = box.predict(hidden, first, greedy, state)  # positions restart: the frame before leaves nothing
     assert torch.equal(again, codes)
+
+    state.restart()
+    box(hidden[:, None], state)  # the beginning of a frame, left there
+    seen.clear()
+    saved, new = {name: t.clone() for name, t in state.tensors().items()}, box.init_state(rows, CPU, dtype)
+    new.load(saved)
+    assert torch.equal(box.predict(hidden, first, greedy, new)[0], codes)
+
+
+@pytest.mark.parametrize("steps", [(6, 1), (5, 2), (7,)], ids=str)
+def test_mtp_refuses_more_steps_than_a_frame_has(steps):
+    box = part("mtp", torch.float64)
+    state = box.init_state(1, CPU, torch.float64)
+    x = noise((1, 7, box.config.hidden_size), 1, torch.float64)
+    *within, over = steps
+    for count in within:
+        box(x[:, :count], state)
+    with pytest.raises(CapacityError, match="a frame has 6 steps"):
+        box(x[:, :over], state)
 
 
 # ------------------------------------------------------------------------------------------------- states
@@ -431,7 +456,7 @@ def test_reset_forgets(box):
     )
 
 
-@every_box
+@every_stream
 def test_reset_of_one_row_leaves_the_other(box):
     state, start = begun(box)
     spoil(state, 1)
@@ -460,7 +485,7 @@ def test_copy_forks(box):
     assert any((a - b).abs().max() > 0.01 for a, b in zip(elsewhere, expected, strict=True) if a.shape == b.shape)
 
 
-@every_box
+@every_stream
 def test_saved_tensors_go_on_identically(box):
     state, start = begun(box)
     saved = {name: t.clone() for name, t in state.tensors().items()}

@@ -623,15 +623,16 @@ import torch
 import antiphon
 def kilobytes(name):
     return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-before = kilobytes("VmRSS")
-model = antiphon.load(sys.argv[1])
+antiphon.load(sys.argv[1])  # a small one, so that all imports are done
+before = kilobytes("VmHWM")
+model = antiphon.load(sys.argv[2])
 peak = kilobytes("VmHWM")
 size = sum(p.nbytes for p in model.parameters())
 print(before * 1024, peak * 1024, size, model.dtype, float(model.thinker.lm_head.weight[-1, -1]))
 """
 
 
-def write_wide(source: Path, folder: Path, gigabytes: int) -> int:
+def write_wide(source: Path, folder: Path, megabytes: int) -> int:
     """A large checkpoint, half experts and half embeddings; its two shards are holes but for the last value.
 
     Returns its size in bytes.
@@ -640,7 +641,7 @@ def write_wide(source: Path, folder: Path, gigabytes: int) -> int:
 
     def widen(config: dict[str, Any]) -> None:
         thinker, talker = config["thinker_config"], config["talker_config"]
-        thinker["text_config"].update(**WIDE, num_experts=40 * gigabytes, vocab_size=120_000 * gigabytes)
+        thinker["text_config"].update(**WIDE, num_experts=megabytes // 25, vocab_size=120 * megabytes)
         thinker["audio_config"]["output_dim"] = talker["thinker_hidden_size"] = 1024
 
     edit_json(folder / "config.json", widen)
@@ -664,12 +665,12 @@ def write_wide(source: Path, folder: Path, gigabytes: int) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory from /proc")
-@pytest.mark.parametrize("gigabytes", [1, pytest.param(2, marks=pytest.mark.long)])
-def test_peak_memory_of_loading(gigabytes: int, checkpoint: Checkpoints, tmp_path: Path) -> None:
-    size = write_wide(checkpoint("base"), tmp_path / "wide", gigabytes)
-    assert 0.95e9 * gigabytes < size < 1.1e9 * gigabytes
+@pytest.mark.parametrize("megabytes", [300, pytest.param(2000, marks=pytest.mark.long)])
+def test_peak_memory_of_loading(megabytes: int, checkpoint: Checkpoints, tmp_path: Path) -> None:
+    size = write_wide(checkpoint("base"), tmp_path / "wide", megabytes)
+    assert 0.95e6 < size / megabytes < 1.1e6
     try:
-        command = [sys.executable, "-c", MEASURE, str(tmp_path / "wide")]
+        command = [sys.executable, "-c", MEASURE, str(checkpoint("base")), str(tmp_path / "wide")]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     finally:
         shutil.rmtree(tmp_path / "wide")
@@ -679,4 +680,5 @@ def test_peak_memory_of_loading(gigabytes: int, checkpoint: Checkpoints, tmp_pat
     assert dtype == "torch.bfloat16"
     assert float(last) == 1
     above = int(peak) - int(before)
-    assert size < above < 1.15 * size  # not lazily either: a mapped file would count later
+    # not less either: what is mapped and not read yet would count later
+    assert 0.95 * size < above < 1.15 * size, f"{above / size:.3f} of its size"

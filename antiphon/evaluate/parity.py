@@ -215,6 +215,31 @@ def _features(model: Any, clips: Sequence[tuple[Samples, int]]) -> tuple[dict[st
     return inputs, {"mel": torch.cat(mels, 1), "audio_features": features}
 
 
+def reference_prompt(folder: Path, config: Any, case: Case) -> Tensor:
+    """The prompt as transformers' tokenizer reads it from one ChatML string, placeholders written out."""
+    from transformers import AutoTokenizer
+    from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import _get_feat_extract_output_lengths
+
+    with _quiet():
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    spell, thinker = tokenizer.convert_ids_to_tokens, config.thinker_config
+    start, end = spell(config.im_start_token_id), spell(config.im_end_token_id)
+    before, pad = spell(thinker.audio_start_token_id), spell(thinker.audio_token_id)
+    text = "" if case.system is None else f"{start}system\n{case.system}{end}\n"
+    for i, parts in enumerate(case.turns):
+        text += start + ("assistant\n" if i % 2 else "user\n")
+        for part in parts:
+            if isinstance(part, str):
+                text += part
+            else:
+                frames = round(len(part[0]) * 16000 / part[1]) // 160
+                count = int(_get_feat_extract_output_lengths(torch.tensor(frames)))
+                text += before + pad * count + "<|audio_end|>"
+        text += f"{end}\n"
+    ids = tokenizer(f"{text}{start}assistant\n", add_special_tokens=False).input_ids
+    return torch.tensor(ids)
+
+
 class _Enough(Exception):
     """Ends transformers' generate() after the Talker: what follows is the decoder that is not the oracle."""
 
@@ -352,7 +377,7 @@ def verify(
         AntiphonError: the checkpoint or the golden file cannot be used, or transformers is missing.
     """
     model = load(folder, device, dtype)
-    ensure_tokenizer(model)
+    stand_in = ensure_tokenizer(model)
     case, dtype = case or default_case(model), model.dtype
     case = replace(case, voice=case.voice or voice or next(iter(model.voices), None))
     ours, voice, im_end = trace(model, case), case.voice, model.config.im_end_token_id
@@ -366,7 +391,10 @@ def verify(
         said = int((ours["text_ids"] != im_end).sum())
         spoken = said if ours["text_ids"][-1] == im_end else said - 1
         speaks = voice is not None and spoken > 0
-        theirs = reference_stages(load_reference(folder, dtype, device), case, ours["prompt_ids"], speaks)
+        other = load_reference(folder, dtype, device)
+        theirs = reference_stages(other, case, ours["prompt_ids"], speaks)
+        if not stand_in:
+            theirs["prompt_ids"] = reference_prompt(folder, other.config, case)
     if write_golden is not None:
         write_safetensors(write_golden, theirs)
     return compare(ours, theirs, dtype), ours, dtype
