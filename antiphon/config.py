@@ -16,6 +16,7 @@ from typing import Any
 from antiphon.errors import ConfigError
 
 MODEL_TYPE = "qwen3_omni_moe"
+MOST = 10_000  # layers, experts or codebooks
 TALKER_SPECIALS = 1024  # the last ids of the Talker's vocabulary are control ids, never codes (facts 4.2)
 
 
@@ -89,6 +90,7 @@ class AudioConfig:
         """Raise ConfigError unless the numbers can be built."""
         _positive(self, where, "num_mel_bins", "d_model", "encoder_layers", "encoder_attention_heads")
         _positive(self, where, "encoder_ffn_dim", "downsample_hidden_size", "output_dim", "n_window", "conv_layers")
+        _few(self, where, "encoder_layers", "conv_layers")
         _divides(where, "encoder_attention_heads", self.encoder_attention_heads, "d_model", self.d_model)
         if self.d_model % 2 or self.d_model < 4:
             raise ConfigError(f"{where}.d_model is {self.d_model}; sinusoidal positions need an even number >= 4")
@@ -138,6 +140,7 @@ class DecoderConfig:
         """Raise ConfigError unless the numbers can be built."""
         _positive(self, where, "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
         _positive(self, where, "head_dim", "vocab_size", "max_position_embeddings", "decoder_sparse_step")
+        _few(self, where, "num_hidden_layers", "num_experts")
         _divides(
             where, "num_key_value_heads", self.num_key_value_heads, "num_attention_heads", self.num_attention_heads
         )
@@ -188,6 +191,7 @@ class TalkerConfig:
         self.text.check(f"{where}.text_config")
         self.mtp.check(f"{where}.code_predictor_config")
         _positive(self, where, "thinker_hidden_size", "resize_dim")
+        _few(self, where, "num_code_groups")
         if self.num_code_groups < 2:
             raise ConfigError(f"{where}.num_code_groups is {self.num_code_groups}; expected 2 or more codebooks")
         if self.text.vocab_size < self.codebook_size + TALKER_SPECIALS:
@@ -250,6 +254,7 @@ class Code2WavConfig:
     def check(self, where: str) -> None:
         """Raise ConfigError unless the numbers can be built."""
         _positive(self, where, "codebook_size", "num_quantizers", "hidden_size", "intermediate_size", "sliding_window")
+        _few(self, where, "num_hidden_layers")
         _positive(
             self, where, "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "decoder_dim", "head_dim"
         )
@@ -362,6 +367,8 @@ class OmniConfig:
                 f"{self.text.hidden_size}"
             )
         names = ["im_start", "im_end", "user", "assistant", "system", "audio", "audio_start"]
+        if self.audio_end_token_id is not None:
+            names.append("audio_end")
         if self.talker is not None:
             names += ["tts_pad", "tts_bos", "tts_eos"]
         for name in names:
@@ -428,15 +435,27 @@ class _Section:
         return self.get(*keys, kind=kind) if any(self.data.get(k) is not None for k in keys) else None
 
     def _typed(self, key: str, value: Any, kind: type) -> Any:
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+            if not abs(value) < 1e300:  # nan and infinity too
+                raise ConfigError(f"{self._path(key)} is out of range; expected a finite number")
             value = float(value)
-        if kind is tuple and isinstance(value, list) and all(isinstance(v, int) for v in value):
+        if kind is tuple and isinstance(value, list) and all(type(v) is int for v in value):
             return tuple(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise ConfigError(f"{self._path(key)} is {value!r}; expected {_NOUN[kind]}")
         return value
 
+    def head_dim(self, sizes: Mapping[str, int]) -> int:
+        """As given, or where it is left out as transformers derives it."""
+        given = self.optional("head_dim")
+        return sizes["hidden_size"] // max(sizes["num_attention_heads"], 1) if given is None else given
+
     def rope_theta(self) -> float:
+        for name in ("rope_parameters", "rope_scaling"):  # both may name a kind, and the release's older form too
+            rope = self.data.get(name)
+            kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, Mapping) else None
+            if kind not in (None, "default", "mrope"):
+                raise ConfigError(f"{self._path(name)} has rope_type {kind!r}; only 'default' is implemented")
         if self.data.get("rope_theta") is not None:
             return self.get("rope_theta", kind=float)
         return self.sub("rope_parameters").get("rope_theta", kind=float)
@@ -497,11 +516,11 @@ def _decoder(s: _Section, *, shared_expert: bool = False, routed: bool = True, t
             "decoder_sparse_step": 1,
             "mlp_only_layers": (),
         }
-    heads = sizes["num_attention_heads"]
     return DecoderConfig(
         **sizes,
         **moe,
-        head_dim=s.optional("head_dim") or sizes["hidden_size"] // max(heads, 1),
+        # the code predictor's is never derived: where transformers leaves it out it means 128
+        head_dim=s.head_dim(sizes) if routed else s.get("head_dim"),
         rope_theta=s.rope_theta(),
         intermediate_size=s.optional("intermediate_size"),
         tie_word_embeddings=tied,
@@ -512,16 +531,16 @@ def _talker(s: _Section) -> TalkerConfig:
     text, mtp = s.sub("text_config"), s.sub("code_predictor_config")
     names = ("num_code_groups", "accept_hidden_layer", "thinker_hidden_size", *_CODEC_IDS)
     speakers = s.get("speaker_id", kind=dict)
-    if not all(isinstance(v, int) for v in speakers.values()):
+    if not all(type(v) is int for v in speakers.values()):
         raise ConfigError(f"{s.name}.speaker_id must map voice names to integers")
     mtp.must_be("num_code_groups", s.get("num_code_groups"))
-    width = s.get("thinker_hidden_size")
+    inner = text.optional("intermediate_size")
     return TalkerConfig(
         text=_decoder(text, shared_expert=True),
         mtp=_decoder(mtp, routed=False),
         **s.keys_of(TalkerConfig, *names),
         # where a config leaves the inner width of the two projections out, it is the Thinker's (2048 as released)
-        resize_dim=text.optional("intermediate_size") or width,
+        resize_dim=s.get("thinker_hidden_size") if inner is None else inner,
         speaker_id={k.lower(): v for k, v in speakers.items()},
     )
 
@@ -531,8 +550,7 @@ def _code2wav(s: _Section) -> Code2WavConfig:
     derived = ("head_dim", "rope_theta", "sample_rate")
     names = [n for n in Code2WavConfig.__annotations__ if n not in derived]
     values = s.keys_of(Code2WavConfig, *names)
-    head_dim = s.optional("head_dim") or values["hidden_size"] // max(values["num_attention_heads"], 1)
-    return Code2WavConfig(**values, head_dim=head_dim, rope_theta=s.rope_theta())
+    return Code2WavConfig(**values, head_dim=s.head_dim(values), rope_theta=s.rope_theta())
 
 
 def parse_config(data: Mapping[str, Any]) -> OmniConfig:
@@ -547,7 +565,7 @@ def parse_config(data: Mapping[str, Any]) -> OmniConfig:
         raise ConfigError(f"model_type is {model_type!r}; Antiphon loads {MODEL_TYPE!r} checkpoints (Qwen3-Omni)")
     thinker = top.sub("thinker_config")
     speaks = top.get("enable_audio_output", kind=bool)
-    tied = bool(thinker.data.get("tie_word_embeddings") or thinker.sub("text_config").data.get("tie_word_embeddings"))
+    tied = any(s.optional("tie_word_embeddings", kind=bool) for s in (thinker, thinker.sub("text_config")))
     ids = [n for n in OmniConfig.__annotations__ if n.endswith("_token_id") and not n.startswith("audio")]
     config = OmniConfig(
         audio=_audio(thinker.sub("audio_config")),
@@ -587,7 +605,7 @@ def parse_codec_config(data: Mapping[str, Any]) -> CodecConfig:
         stride = max(round(values["sampling_rate"] / max(hop, 1) / rate), 1) if rate else 2
     config = CodecConfig(
         **values,
-        head_dim=s.optional("head_dim") or values["hidden_size"] // max(values["num_attention_heads"], 1),
+        head_dim=s.head_dim(values),
         rope_theta=s.rope_theta(),
         latent_stride=stride,
     )
@@ -601,7 +619,7 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; expected a folder with a Qwen3-Omni config.json") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, or an endless number
         raise ConfigError(f"{path} is not readable as JSON: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds {type(data).__name__}; expected a JSON object")
@@ -626,6 +644,13 @@ def _positive(section: Any, where: str, *names: str) -> None:
     for name in names:
         if getattr(section, name) < 1:
             raise ConfigError(f"{where}.{name} is {getattr(section, name)}; expected a number above zero")
+
+
+def _few(section: Any, where: str, *names: str) -> None:
+    """What is built one by one: a wrong number should be an error and not hours of work."""
+    for name in names:
+        if getattr(section, name) > MOST:
+            raise ConfigError(f"{where}.{name} is {getattr(section, name)}; expected at most {MOST}")
 
 
 def _divides(where: str, small: str, a: int, big: str, b: int) -> None:

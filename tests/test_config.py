@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from antiphon.config import AudioConfig, OmniConfig, parse_config, read_config, read_json
-from antiphon.errors import AntiphonError, ConfigError
+from antiphon.errors import CapacityError, ConfigError
 from antiphon.generate import Omni, load
 from antiphon.tokenizer import Tokenizer
 from antiphon.weights import build
@@ -168,7 +168,9 @@ def test_every_missing_field_is_named(path: str, form: str) -> None:
         assert text.startswith("model_type is None; Antiphon loads 'qwen3_omni_moe' checkpoints")
         return
     shown = path.replace("rope_theta", "rope_parameters")
-    assert text.startswith(f"{shown} is missing from config.json; expected ")
+    dense = path == "talker_config.code_predictor_config.intermediate_size"  # no experts: every layer needs it
+    rest = "; this model has dense layers that need it" if dense else " from config.json; expected "
+    assert text.startswith(f"{shown} is missing{rest}")
 
 
 @pytest.mark.parametrize("path", sorted(DERIVED))
@@ -268,9 +270,18 @@ IMPOSSIBLE: list[tuple[str, Any, str]] = [
     ("code2wav_config.upsampling_ratios", [-2, 2], "must be lists of numbers above zero"),
     ("code2wav_config.sliding_window", 0, "expected a number above zero"),
     ("code2wav_config.num_attention_heads", 24, "expected a multiple of num_key_value_heads = 16"),
-    ("code2wav_config.hidden_size", 1008, "expected an even"),
+    ("code2wav_config.hidden_size", 1008, "head size 63; rotary positions need an even number"),
     ("code2wav_config.rope_theta", 0, "must be above zero"),
     ("code2wav_config.layer_scale_initial_scale", float("nan"), "layer_scale_initial_scale"),
+    # counts that would keep a machine busy for years
+    ("thinker_config.audio_config.encoder_layers", 2**63, "expected at most 10000"),
+    ("thinker_config.audio_config.conv_layers", 2**63, "expected at most 10000"),
+    ("thinker_config.text_config.num_hidden_layers", 2**63, "expected at most 10000"),
+    ("thinker_config.text_config.num_experts", 2**63, "expected at most 10000"),
+    ("talker_config.num_code_groups", 2**63, "num_code_groups"),
+    ("talker_config.text_config.num_hidden_layers", 2**63, "expected at most 10000"),
+    ("talker_config.code_predictor_config.num_hidden_layers", 2**63, "expected at most 10000"),
+    ("code2wav_config.num_hidden_layers", 2**63, "expected at most 10000"),
 ]
 
 
@@ -366,13 +377,12 @@ def test_junk_is_refused_or_makes_a_config(changes: list[tuple[str, Any]]) -> No
         config = changed(path, value, config) if _there(config, path) else config
     try:
         parsed = parse_config(config)
-    except ConfigError as error:
-        assert "\n" not in str(error)
-    else:
-        assert isinstance(parsed, OmniConfig)
-        parsed.check()
-        hash((parsed.audio, parsed.text))  # every value is of a plain type
-        assert parse_config(json.loads(json.dumps(config))) == parsed
+    except ConfigError:
+        return
+    assert isinstance(parsed, OmniConfig)
+    parsed.check()
+    hash((parsed.audio, parsed.text))  # every value is of a plain type
+    assert parse_config(json.loads(json.dumps(config))) == parsed
 
 
 def _there(config: dict[str, Any], path: str) -> bool:
@@ -384,7 +394,7 @@ def _there(config: dict[str, Any], path: str) -> bool:
 
 
 SMALL = config_json(tokenizer_folder()[1])
-SMALL_PATHS = [path for path in paths(SMALL) if not path.endswith(("_token_id", "model_type"))]
+SMALL_PATHS = [path for path in paths(SMALL) if not path.endswith(("_token_id", "model_type", "_config"))]
 SIZES = [0, 1, 2, 3, 4, 5, 8, 12, 24, 48, 100, CODEBOOK + 1024, [1], [3], [2, 2], [4, 15], MISSING, 0.5]
 
 
@@ -410,8 +420,7 @@ def test_a_config_that_is_accepted_works(changes: list[tuple[str, Any]]) -> None
     content = [{"type": "audio", "audio": (sound(1.1), 16000)}, {"type": "text", "text": "Hello."}]
     try:
         reply = model.generate([{"role": "user", "content": content}], max_text_tokens=3, max_frames=2)
-    except AntiphonError as error:  # a context of two positions, say
-        assert "positions" in str(error) or "voice" in str(error)
+    except CapacityError:  # a context of two positions, say
         return
     assert len(reply.text_ids) <= 3
     assert parsed.code2wav is not None

@@ -207,6 +207,14 @@ def test_generation_computes_what_training_sees(monkeypatch, end):
         states = speech.talker(rows_in)[0, len(user) + 8 :]
         assert_same(stage(record, "talker_logits"), speech.talker.codec_head(states))
 
+        # what was heard comes to the Talker from the accept layer, what was read from the embeddings
+        sounds = torch.tensor(user) == config.audio_token_id
+        assert 0 < sounds.sum() < len(user)
+        read = stage(record, "talker_inputs")[: len(user)]
+        accepted = accept[0, len(prompt) - len(user) : len(prompt)]
+        assert_same(read[sounds], speech.talker.hidden_projection(accepted[sounds]))
+        assert_same(read[~sounds], speech.talker.text_projection(model.thinker.embed(torch.tensor(user))[~sounds]))
+
         # MTP sees a frame's codes at once, Code2Wav all frames
         first = speech.talker.model.codec_embedding(reply.codes[:, 0])
         residual = speech.mtp.logits(states, first, reply.codes[:, 1:])
@@ -253,6 +261,22 @@ def test_the_talker_stops_where_it_draws_codec_eos(model):
     for reply in replies:
         assert reply.codes.max() < talker.codebook_size  # neither codec_eos nor another control id is a frame
         assert len(reply.audio) == 1920 * len(reply.codes)
+
+
+def test_the_repetition_penalty_counts_the_first_codes_of_this_answer(model):
+    def firsts(penalty: float) -> list[int]:
+        options = SHORT | GREEDILY | {"max_frames": 16, "speech": Sampling(0.0, repetition_penalty=penalty)}
+        return model.generate(heard(), **options).codes[:, 0].tolist()
+
+    assert len(set(firsts(1.0))) < len(firsts(1.0)) == 16
+    assert len(set(firsts(1e4))) == len(firsts(1e4)) == 16
+    session = model.session()
+    answers = []
+    for _ in range(2):  # the answer before does not count
+        session.append_text("Again")
+        options = SHORT | GREEDILY | {"max_frames": 16, "speech": Sampling(0.0, repetition_penalty=1e4)}
+        answers.append(collect(session.respond(**options)).codes[:, 0].tolist())
+    assert set(answers[0]) & set(answers[1])
 
 
 def test_an_answer_without_words_has_no_sound(model, monkeypatch):
