@@ -7,6 +7,7 @@ import struct
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, NoReturn
@@ -20,7 +21,7 @@ from rich.table import Table
 from antiphon.audio import pcm16, read_audio, write_audio
 from antiphon.config import OmniConfig, read_config
 from antiphon.errors import AntiphonError, InputError
-from antiphon.evaluate.parity import Case, ensure_tokenizer, verify
+from antiphon.evaluate.parity import Case, default_case, ensure_tokenizer, verify
 from antiphon.evaluate.parity import trace as trace_stages
 from antiphon.files import write_safetensors
 from antiphon.generate import AudioDelta, Done, Event, Omni, Options, Reply, TextDelta, load
@@ -196,13 +197,10 @@ def verify_command(
 ) -> None:
     """Compare every stage with the installed transformers, or with a golden file; exit 1 if one differs."""
     folder = find_checkpoint(model)
-    case = None
-    if audio is not None:
-        case = Case([[read_audio(audio), prompt]], None, voice, max_text_tokens, max_frames)
+    case = default_case() if audio is None else Case([[read_audio(audio), prompt]])
+    case = replace(case, voice=voice, max_text_tokens=max_text_tokens, max_frames=max_frames)
     with say.status("computing every stage twice: Antiphon, then transformers"):
-        rows, _, used = verify(
-            folder, case, dtype=dtype.torch, device=device, golden=golden, write_golden=write_golden, voice=voice
-        )
+        rows, _, used = verify(folder, case, dtype=dtype.torch, device=device, golden=golden, write_golden=write_golden)
     agrees = all(row.agrees for row in rows)
     if as_json:
         stages = [{**vars(row), "agrees": row.agrees} for row in rows]

@@ -125,6 +125,7 @@ class Conversation:
         self.ear: Ear | None = None
         self.writer = TurnWriter(model.tokenizer)  # spells turns as ids
         self._open = False  # inside a user turn
+        self._answering = False  # half an answer is in the caches: nothing else may touch them
         self._ids: list[int] = []  # not yet fed, with what belongs to them
         self._user: list[bool] = []
         self._audio: list[Tensor] = []
@@ -145,6 +146,7 @@ class Conversation:
         Raises:
             InputError: no text, or not Unicode; nothing is changed then.
         """
+        self._settled()
         if not isinstance(text, str):
             raise InputError(f"text must be a string, not {type(text).__name__}")
         self.model.tokenizer.encode(text)  # refuses what is not Unicode
@@ -158,6 +160,7 @@ class Conversation:
         Raises:
             AudioError: samples that are no sound, or another rate than the clip began with; nothing is changed then.
         """
+        self._settled()
         x = torch.from_numpy(check_samples(samples, rate))
         if self.ear is not None and self.ear.rate != rate:
             raise AudioError(
@@ -176,6 +179,7 @@ class Conversation:
         Raises:
             AudioError: samples that are no sound.
         """
+        self._settled()
         self._add_clip(self._grad_free(self._encode, check_samples(samples, rate), rate))
 
     def _add_clip(self, features: Tensor) -> None:
@@ -194,6 +198,7 @@ class Conversation:
         Raises:
             InputError, AudioError: a message of another form, or sound that cannot be used.
         """
+        self._settled()
         if not isinstance(message, Mapping):
             raise InputError('a message must have the form {"role": …, "content": …}')
         role = message.get("role")
@@ -205,11 +210,11 @@ class Conversation:
                 self.append_text(part) if isinstance(part, str) else self._add_clip(part)
             self.commit()
         elif role in ("system", "developer", "assistant", "tool"):
-            self.commit()
             text = "".join(text_of(part) for part in parts_of(message, optional=role == "assistant"))
             if role == "assistant":
                 calls = message.get("tool_calls") or []
                 text = assistant_text(text, [tool_call(c) for c in (calls if isinstance(calls, list) else [calls])])
+            self.commit()
             if role == "tool":  # the Thinker reads results as the user's words
                 self.append_text(tool_results_text([text]))
                 self.commit()
@@ -224,11 +229,17 @@ class Conversation:
         Raises:
             AudioError: the clip is too short to be a sound; append more.
         """
+        self._settled()
         if self._open:
             self._end_clip()
             self._add(self.writer.close())
             self._open = False
         self._prefill()
+
+    def _settled(self) -> None:
+        """Raise InputError in the middle of an answer."""
+        if self._answering:
+            raise InputError("an answer is still being given; take its events to the end, or close them, first")
 
     def _begin_turn(self) -> None:
         if not self._open:
@@ -303,6 +314,7 @@ class Conversation:
         Raises:
             InputError: there is no answer, or `ms` is negative or beyond its sound.
         """
+        self._settled()
         said, history = self.answer, len(self.ids) + len(self._ids)
         # after its closing mark and line end nothing may follow: a cut would take it along
         last = said is not None and history == said.start + len(said.text_ids) + 2
@@ -345,6 +357,7 @@ class Conversation:
 
     def copy(self) -> Self:
         """A fork: both go on independently."""
+        self._settled()
         new = copy.copy(self)
         for name in ("thinker", "talker", "mtp", "code2wav"):
             if hasattr(self, name):
@@ -368,6 +381,7 @@ class Conversation:
 
     def save(self, path: str | Path) -> None:
         """Write the conversation to one file, from which `Omni.load_session` goes on, in another process too."""
+        self._settled()
         tensors = {f"{n}.{k}": t for n, state in self._states().items() for k, t in state.tensors().items()}
         if self.hidden is not None:
             tensors["hidden"] = self.hidden

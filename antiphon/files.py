@@ -57,7 +57,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             if length > min(size - 8, 100_000_000):
                 raise ValueError
             table = json.loads(file.read(length))
-        entries = {name: _entry(value, 8 + length) for name, value in table.items() if name != "__metadata__"}
+        entries = {name: _entry(path, value, 8 + length) for name, value in table.items() if name != "__metadata__"}
     except FileNotFoundError:
         raise WeightsError(f"{path} is missing; download the checkpoint again") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -68,8 +68,11 @@ def read_header(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def _entry(value: dict[str, Any], offset: int) -> Entry:
-    (start, stop), dtype, shape = value["data_offsets"], DTYPES[value["dtype"]], tuple(value["shape"])
+def _entry(path: Path, value: dict[str, Any], offset: int) -> Entry:
+    (start, stop), shape = value["data_offsets"], tuple(value["shape"])
+    if value["dtype"] not in DTYPES:
+        raise WeightsError(f"{path} holds tensors of type {value['dtype']}; expected one of {', '.join(DTYPES)}")
+    dtype = DTYPES[value["dtype"]]
     if start < 0 or min(shape, default=0) < 0 or stop - start != math.prod(shape) * dtype.itemsize:
         raise ValueError
     return Entry(dtype, shape, offset + start, offset + stop)

@@ -109,13 +109,14 @@ class Session(Conversation):
         Raises:
             InputError: unknown voice, no Talker, or nothing was said.
         """
-        options = _options(options, changes)
+        clock, options = Phases(), _options(options, changes)
         speaker = self._speaker(options)
-        self.commit()
+        with clock("prefill"):
+            self.commit()
         if not self.ids:
             raise InputError("there is nothing to answer; append audio, text or a message first")
         self.generation += 1
-        return self._respond(options, speaker, self.generation)
+        return self._respond(options, speaker, self.generation, clock)
 
     def _speaker(self, options: Options) -> int | None:
         if not options.audio:
@@ -125,13 +126,13 @@ class Session(Conversation):
         return self.model.speaker(voice or "")
 
     @torch.inference_mode()
-    def _respond(self, options: Options, speaker: int | None, generation: int) -> Iterator[Event]:
-        clock = Phases()
-        self.turn += 1
+    def _respond(self, options: Options, speaker: int | None, generation: int, clock: Phases) -> Iterator[Event]:
         with clock("prefill"):
             self.commit()  # what was said since `respond` was called belongs to the question
             self._add(self.writer.open_reply(), user=False)
             self._read()
+        self.turn += 1
+        self._answering = True
         thought = Thought(self, options, clock, generation)
         self.answer = Answer(len(self.ids), thought.ids)
         speech = Utterance(self, options, clock, speaker)
@@ -153,6 +154,7 @@ class Session(Conversation):
     def _close_answer(self, thought: Thought, speech: Utterance) -> None:
         """Close the assistant's turn and cut the Talker back to the user's: answers are not in its prompt."""
         assert self.answer is not None
+        self._answering = False
         self.answer.spoken_to_the_end = speech.finish == "stop"
         self._add([*thought.unread(), self.model.config.im_end_token_id, self.newline], user=False)
         if self.model.speech is not None:
@@ -162,6 +164,7 @@ class Session(Conversation):
 
     def speak(self, words: Iterable[str], options: Options | None = None, **changes: Any) -> Iterator[Event]:
         """Say text that comes from elsewhere (another language model, say), piece by piece as it arrives."""
+        self._settled()
         options = _options(options, changes)
         speaker = self._speaker(options)
         if speaker is None:
@@ -172,9 +175,11 @@ class Session(Conversation):
 
     @torch.inference_mode()
     def _speak(self, ids: Iterator[int], options: Options, speaker: int) -> Iterator[Event]:
+        self._settled()
         clock = Phases()
         self.turn += 1
         self._read()
+        self._answering = True
         said: list[int] = []
         speech = Utterance(self, options, clock, speaker)
         words = _noting(ids, said)
@@ -183,6 +188,7 @@ class Session(Conversation):
                 clock.mark("first_audio")
                 yield AudioDelta(samples, len(speech.codes) - 1, speech.sample_rate)
         finally:
+            self._answering = False
             self.talker.truncate(self.user_length)
         thought = Thought(self, options, clock, self.generation)
         thought.ids, thought.finish = said, "stop"

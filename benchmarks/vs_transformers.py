@@ -12,6 +12,7 @@ import platform
 import statistics
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ def race(shape: str, frames: int, rounds: int, threads: int) -> None:
     """Print one row: both systems on one shape."""
     from transformers import Qwen3OmniMoeForConditionalGeneration
 
+    warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
     base, changes = SHAPES[shape]
     with tempfile.TemporaryDirectory() as folder:
@@ -109,7 +111,7 @@ def race(shape: str, frames: int, rounds: int, threads: int) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"| {shape} ({parameters / 1e6:.1f} M) | {threads} | {frames / mine:.1f} | {frames / his:.1f} "
-        f"| **{statistics.median(ratios):.1f}** ({ratios[0]:.1f} to {ratios[-1]:.1f}) | {sooner:.0f} |",
+        f"| **{statistics.median(ratios):.1f}** ({ratios[0]:.1f} to {ratios[-1]:.1f}) | {sooner:.0f} times |",
         flush=True,
     )
 
@@ -127,12 +129,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     options = parser.parse_args()
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, eager float32\n"
-    )
-    print(
-        "| checkpoint | threads | antiphon, frames/s | transformers, frames/s | ratio (range) | first sound, times sooner |"
-    )
+    machine = platform.processor() or platform.machine()
+    print(f"{machine}, {os.cpu_count()} cores, torch {torch.__version__}, eager float32\n")
+    print("| checkpoint | threads | antiphon, frames/s | transformers, frames/s | ratio (range) | first sound sooner |")
     print("|---|---|---|---|---|---|")
     for shape in options.shapes:
         for threads in options.threads:

@@ -1,12 +1,13 @@
 """Small models with random weights, made without transformers from a config.json of our own.
 
-`omni()` is a whole Omni with its tokenizer; `boxes(dtype)` are the boxes alone. Weights have a standard deviation of
-1/sqrt(fan-in), biases are small, scales are not, and the last convolution is scaled so that sound has an rms of 0.2:
-a comparison over all-zero or saturating values would prove nothing (`test_generate.py` asserts it).
+`omni()` is a whole Omni with its tokenizer. Weights have a standard deviation of 1/sqrt(fan-in), biases are small,
+scales are not, and the last convolution is scaled so that sound has an rms of 0.2: a comparison over all-zero or
+saturating values would prove nothing (`test_generate.py` asserts it).
 """
 
-import copy
+import atexit
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 import antiphon.generate
 from antiphon.code2wav import Code2Wav, ConvNeXtBlock, SnakeBeta
 from antiphon.config import parse_config
-from antiphon.generate import Event, Omni, Session, Thought
+from antiphon.generate import Omni, Session, Thought
 from antiphon.layers import LayerScale, RMSNorm
 from antiphon.tokenizer import Tokenizer
 from antiphon.weights import build, save_checkpoint
@@ -138,6 +139,7 @@ def _calm(decoder: Code2Wav, generator: torch.Generator) -> None:
 def tokenizer_folder() -> tuple[Path, dict[str, int]]:
     """A folder with the tokenizer of all small models, and the ids that a config needs."""
     folder = Path(tempfile.mkdtemp(prefix="antiphon-tokenizer-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder, write_tokenizer(folder, vocab_size=VOCAB)
 
 
@@ -151,13 +153,8 @@ def _omni(changes: str, dtype: torch.dtype, seed: int) -> Omni:
 
 
 def omni(changes: Mapping[str, Any] | None = None, dtype: torch.dtype = torch.float32, seed: int = 0) -> Omni:
-    """A small model; the same arguments give the same object, so leave its weights alone (`fresh` gives a copy)."""
+    """A small model; the same arguments give the same object, so leave its weights alone."""
     return _omni(json.dumps(changes or {}, sort_keys=True), dtype, seed)
-
-
-def fresh(changes: Mapping[str, Any] | None = None) -> Omni:
-    """A small model of one's own."""
-    return copy.deepcopy(omni(changes))
 
 
 def write_checkpoint(folder: Path, model: Omni) -> Path:
@@ -257,8 +254,3 @@ def recorded(model: Omni, **kwargs: Any) -> tuple[Session, dict[str, list[Tensor
 def stage(record: dict[str, list[Tensor]], name: str) -> Tensor:
     """One stage of a record."""
     return torch.cat(record[name])
-
-
-def kinds(events: list[Event]) -> list[str]:
-    """Names of the events' types."""
-    return [type(event).__name__ for event in events]

@@ -1,0 +1,130 @@
+"""The command line: results on standard output, one sentence on errors, flags that scripts rely on."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import typer
+
+from antiphon import cli
+from antiphon.audio import write_audio
+from antiphon.evaluate.parity import STAGES
+from antiphon.files import read_safetensors
+from tests.shapes import write_shape
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return write_shape("base", tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def question(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("sound") / "question.wav"
+    t = np.arange(24000) / 24000
+    write_audio(path, 0.3 * np.sin(2 * np.pi * (200 + 100 * t) * t), 24000)
+    return path
+
+
+def run(monkeypatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["antiphon", *map(str, words)])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    return int(exit_.value.code or 0)
+
+
+def test_info_needs_only_a_config(monkeypatch, capsys, checkpoint, tmp_path):
+    (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    assert run(monkeypatch, "info", tmp_path, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["voices"] == ["aiden", "chelsie", "ethan"]
+    assert facts["rates"]["frames_per_second"] == 12.5
+    assert sum(box["parameters"] for box in facts["boxes"].values()) == facts["parameters"]
+    assert run(monkeypatch, "info", tmp_path) == 0
+    assert f"{facts['parameters']:,}" in capsys.readouterr().out
+
+
+def test_trace_writes_every_stage(monkeypatch, checkpoint, question, tmp_path):
+    limits = ("--max-text-tokens", 5, "--max-frames", 4)
+    words = ("--audio", question, "--prompt", "What is it?", "--voice", "ethan", "--out", tmp_path / "t.safetensors")
+    assert run(monkeypatch, "trace", checkpoint, *words, *limits) == 0
+    stages = read_safetensors(tmp_path / "t.safetensors")
+    assert set(stages) == set(STAGES)
+    assert stages["codes"].shape == (4, 4)
+    assert stages["waveform"].shape == (4 * 1920,)
+    assert stages["thinker_logits"].shape == (len(stages["text_ids"]), 768)
+    assert stages["talker_logits"].shape[0] == 4
+    assert len(stages["thinker_hidden"]) == len(stages["prompt_ids"])
+
+
+def test_verify_agrees_and_says_where_it_does_not(monkeypatch, capsys, checkpoint, tmp_path):
+    golden = tmp_path / "golden.safetensors"
+    assert run(monkeypatch, "verify", checkpoint, "--max-frames", 3, "--write-golden", golden) == 0
+    assert "identical" in capsys.readouterr().out
+    assert run(monkeypatch, "verify", checkpoint, "--max-frames", 3, "--golden", golden, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["agrees"] is True
+    assert run(monkeypatch, "verify", checkpoint, "--max-frames", 2, "--golden", golden) == 1
+    assert "disagreement" in capsys.readouterr().err
+
+
+def test_talk_and_transcribe(monkeypatch, capsys, checkpoint, question, tmp_path):
+    reply = tmp_path / "reply.wav"
+    limits = ("--max-text-tokens", 6, "--max-frames", 5)
+    assert run(monkeypatch, "talk", question, "-m", checkpoint, "-o", reply, *limits) == 0
+    assert soundfile.info(reply).frames == 5 * 1920
+    assert "RTF" in capsys.readouterr().err
+    missing = tmp_path / "nothing.wav"
+    limits = ("--max-text-tokens", 4, "--json")
+    assert run(monkeypatch, "transcribe", question, missing, question, "-m", checkpoint, *limits) == 1
+    out, err = capsys.readouterr()
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["file"] for line in lines] == [str(question)] * 2  # the good files are written down all the same
+    assert "nothing.wav" in err
+
+
+def test_speech_streams_to_standard_output(monkeypatch, checkpoint):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw))
+    assert run(monkeypatch, "speak", "hello there", "-m", checkpoint, "-o", "-", "--max-frames", 3) == 0
+    data = raw.getvalue()
+    assert data[:4] == b"RIFF"
+    assert len(data) == 44 + 3 * 1920 * 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("talk", "{question}", "-m", "{checkpoint}", "--voice", "nobody"), "aiden, chelsie, ethan"),
+        (("talk", "missing.wav", "-m", "{checkpoint}"), "missing.wav"),
+        (("talk", "{question}", "-m", "no/such/folder"), "no/such/folder"),
+        (("talk", "{question}", "-m", "{checkpoint}", "--window", "3"), "1, 2, 4, 8"),
+        (("speak", " ", "-m", "{checkpoint}"), "nothing to say"),
+        (("info", "{question}"), "question.wav"),
+    ],
+)
+def test_an_error_is_one_sentence(monkeypatch, capsys, checkpoint, question, words, said):
+    filled = [word.format(checkpoint=checkpoint, question=question) for word in words]
+    assert run(monkeypatch, *filled) == 1
+    err = capsys.readouterr().err
+    assert said in err.replace("\n", " ")
+    assert "Traceback" not in err
+
+
+def test_flags_stay(checkpoint):
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    flags = {
+        name: {o for p in command.params for o in p.opts if o.startswith("-")} for name, command in commands.items()
+    }
+    assert set(flags) == {"info", "trace", "verify", "talk", "transcribe", "speak"}
+    common = {"--device", "--dtype"}
+    assert flags["info"] >= {"--json"}
+    assert flags["trace"] >= common | {"--audio", "--prompt", "--voice", "--max-text-tokens", "--max-frames", "--out"}
+    assert flags["trace"] >= {"--system", "--repetition-penalty"}
+    assert flags["verify"] >= common | {"--golden", "--write-golden", "--json", "--voice"}
+    assert flags["talk"] >= common | {"--model", "-m", "--output", "-o", "--voice", "--seed", "--window"}
+    assert flags["transcribe"] >= common | {"--model", "--language", "--json", "--window"}
+    assert flags["speak"] >= common | {"--model", "--voice", "--output", "-o"}
