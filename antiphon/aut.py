@@ -2,7 +2,7 @@
 
 A second of mel is convolved on its own (three stride-2 convolutions: 100 frames -> 13 tokens), positions restart in
 every second, and attention runs inside a window and nowhere else. A closed window is final; an open one waits.
-The encoder is served; the text decoder below only training uses, and it is dropped afterwards (facts 2).
+The encoder is served; the text decoder below only training uses, and it is dropped afterwards.
 
 Shapes: B clips (or R rows), T mel frames, F mel bins, N windows, S tokens of a window, W width, Q text tokens.
 """

@@ -1,7 +1,7 @@
 """Code2Wav: 16 codes a frame -> 80 ms of sound, from left context only.
 
 Codes are embedded and averaged, pass a small causal transformer with a sliding window, are upsampled twice and then
-run through a convolutional decoder with SnakeBeta activations (facts 5.3). Everything is causal and transposed
+run through a convolutional decoder with SnakeBeta activations. Everything is causal and transposed
 convolutions are cropped on the right only, so frame n gives exactly its samples and needs no frame after it.
 
 Shapes: R rows, T frames, Q codebooks, C channels, W width; inside the convolutions tensors are [R, C, time].

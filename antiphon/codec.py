@@ -2,7 +2,7 @@
 
 Strided causal convolutions bring 24 kHz to 25 steps a second, a causal transformer with a sliding window looks back
 ten seconds, a last convolution halves the rate, and two residual quantizers code the result side by side: one
-semantic codebook beside the acoustic ones (facts 5.5). Code2Wav is the way back. Speaking never runs this file; it
+semantic codebook beside the acoustic ones. Code2Wav is the way back. Speaking never runs this file; it
 makes the codes that the Talker is trained on, and it is trained itself.
 
 Shapes: R rows, N samples, T frames (inside the convolutions: steps), W width, Q codebooks, K codes, D code width.

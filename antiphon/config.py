@@ -17,7 +17,7 @@ from antiphon.errors import ConfigError
 
 MODEL_TYPE = "qwen3_omni_moe"
 MOST = 10_000  # layers, experts or codebooks
-TALKER_SPECIALS = 1024  # the last ids of the Talker's vocabulary are control ids, never codes (facts 4.2)
+TALKER_SPECIALS = 1024  # the last ids of the Talker's vocabulary are control ids, never codes
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,7 @@ class Session(Conversation):
 class Thought(Iterator[int]):
     """The Thinker's answer, one token when asked; what is iterated over is what the Talker may have.
 
-    Of n tokens it gets the first n - 1, whatever the last is (facts 4.2): the one that ends the answer or reaches the
+    Of n tokens it gets the first n - 1, whatever the last is: the one that ends the answer or reaches the
     limit is not spoken. Both are known when the token is made, so nothing is held back.
     """
 

@@ -52,7 +52,7 @@ class Sampling:
 
 GREEDY = Sampling(0.0)
 THINKER = GREEDY
-TALKER = Sampling(0.9, 50, 1.0, 1.05)  # the release's generation defaults (facts 4.2)
+TALKER = Sampling(0.9, 50, 1.0, 1.05)  # the release's generation defaults
 MTP = Sampling(1.0, 50, 0.8)
 
 

@@ -429,7 +429,7 @@ def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
 class CausalTransposedConv1d(nn.Module):
     """Upsampling by `stride`, cropped on the right only: T steps give exactly T * stride, none of them waits.
 
-    The published Code2Wav crops both sides and so looks one frame ahead (facts 5.4); this is the strictly causal
+    The published Code2Wav crops both sides and so looks one frame ahead; this is the strictly causal
     decoder it approximates.
     """
 

@@ -1,7 +1,7 @@
 """Talker: the speech language model. One position per 80 ms frame; its head predicts codebook 0.
 
 `talker_prompt` and the three functions it is made of are the only place that lays out the Talker's input, for
-training and for generation alike. Every position is the sum of two channels (facts 4.2): a text channel (a text
+training and for generation alike. Every position is the sum of two channels: a text channel (a text
 token, or for audio what the Thinker's accept layer made of it) and a codec channel (a control id, or the codes of
 the frame before, summed over the codebooks).
 

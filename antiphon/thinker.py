@@ -1,6 +1,6 @@
 """Thinker: the language model that listens and answers in text. Embeddings in, text out.
 
-Without images and video the released TM-RoPE is ordinary 1-D rotary positions (facts 2.3), which is what runs here;
+Without images and video the released TM-RoPE is ordinary 1-D rotary positions, which is what runs here;
 `positions` is an explicit argument, so that other schemes can come later.
 
 Shapes: B batch, T time, W width, V vocabulary.

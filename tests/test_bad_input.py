@@ -602,7 +602,7 @@ def test_every_field_that_is_missing_is_named():
                 found += fields(value, f"{above}{name}.")
         return found
 
-    # where the release leaves a field out, its classes fix the value (facts.md 4.3)
+    # where the release leaves a field out, its classes fix the value
     optional = {"audio_end_token_id", "head_dim", "hidden_act", "intermediate_size"}
     checked = 0
     for path in fields(whole):

@@ -448,7 +448,7 @@ def test_code2wav_every_sample(shape: str, frames: int, pair: Pairs) -> None:
 @pytest.mark.parametrize("shape", ["base", "odd", "deep"])
 @torch.no_grad()
 def test_code2wav_is_the_published_decoder_moved(shape: str, pair: Pairs) -> None:
-    """transformers' own crop loses the first samples of every stage; past the start both say the same (facts 5.4).
+    """transformers' own crop loses the first samples of every stage; past the start both say the same.
 
     The start is as long as the decoder looks back: at these rates up to 14 frames.
     """
@@ -551,7 +551,7 @@ def test_talker_prompt_is_what_a_session_feeds(shape: str, pair: Pairs) -> None:
 
 
 def test_talker_prompt_in_numbers(pair: Pairs) -> None:
-    """The table of facts 4.2, spelled out."""
+    """The table of the released prefill, spelled out."""
     c = pair("base").ours.config
     talker = c.talker
     assert talker is not None

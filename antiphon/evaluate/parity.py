@@ -193,7 +193,7 @@ def _transformers_model(folder: Path, dtype: torch.dtype, device: str) -> Any:
 
 
 def _features(model: Any, clips: Sequence[tuple[Samples, int]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Generation inputs for the clips and the stages mel and audio_features, every clip on its own (facts 2.2)."""
+    """Generation inputs for the clips and the stages mel and audio_features, every clip on its own."""
     if not clips:
         return {}, {}
     from transformers import WhisperFeatureExtractor
@@ -285,7 +285,7 @@ def _generate(
 
 def causal_waveform(model: Any, codes: Tensor) -> Tensor:
     """transformers' Code2Wav [B, N] of codes [B, Q, T] as the exact oracle: its transposed convolutions keep their
-    left edge (facts 5.4)."""
+    left edge."""
     with ExitStack() as stack, torch.no_grad():
         for module in model.code2wav.modules():
             if hasattr(module, "left_pad"):
