@@ -2,8 +2,9 @@
 
     python -m tests.shapes FOLDER        writes all six
 
-Weights have a standard deviation of 1/sqrt(fan-in) and the last convolution is scaled so that sound has an rms of
-0.2: a comparison over all-zero or saturating weights would prove nothing.
+Weights have a standard deviation of 1/sqrt(fan-in), somewhat more where it decides how much the sound and earlier words
+count, and the last convolution is scaled so that sound has an rms of 0.2: a comparison over all-zero or saturating
+weights would prove nothing.
 """
 
 import json

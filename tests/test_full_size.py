@@ -267,7 +267,6 @@ def test_every_tensor_is_a_view_into_the_model(model: Boxes) -> None:
     ],
 )
 def test_parameters_of_a_box(model: Boxes, box: str, parameters: int) -> None:
-    """Facts, sections 5.3 and 6."""
     assert sum(p.numel() for p in model.get_submodule(box).parameters()) == parameters
 
 

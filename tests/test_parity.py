@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import antiphon.generate
 from antiphon.audio import Samples, normalize
 from antiphon.code2wav import Code2Wav
 from antiphon.errors import WeightsError
@@ -32,6 +34,7 @@ from antiphon.evaluate.parity import (
 from antiphon.files import read_safetensors, write_safetensors
 from antiphon.generate import Omni, Reply, collect, load
 from antiphon.model import Boxes, Speech
+from antiphon.sampling import Sampling, choose
 from antiphon.talker import Rows, talker_prompt
 from tests.conftest import Pair
 from tests.shapes import SHAPES, write_shape
@@ -209,9 +212,43 @@ def assert_means_something(stages: dict[str, Tensor]) -> None:
         assert 0.05 < float(stages[name].std()) < 50, name
 
 
+def closest_decision(model: Omni, case: Case) -> float:
+    """How far the best id was ahead of the next one where that was least, over the largest score."""
+    margins: list[float] = []
+
+    def watching(
+        logits: Tensor, sampling: Sampling, noise: Any = None, seen: Any = None, suppress: Any = None
+    ) -> Tensor:
+        best, penalty = choose(logits, sampling, noise, seen, suppress), sampling.repetition_penalty
+        scores = logits
+        if seen is not None:
+            scores = torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+        others = scores.scatter(1, best[:, None], -torch.inf)
+        others = others if suppress is None else others.masked_fill(suppress, -torch.inf)
+        margins.append(float((scores[0, best] - others.amax()) / logits.abs().amax()))
+        return best
+
+    with patch.object(antiphon.generate, "choose", watching):
+        trace(model, case)
+    return min(margins)
+
+
+def agreed_without_ties(pair: Pair, spec: Spec, note: Note) -> dict[str, Tensor]:
+    """As `agreed`. Where two ids score alike to the last bits, rounding decides, and another sound is taken."""
+    noted: list[list[Difference]] = []
+    try:
+        stages = agreed(pair, spec.case(), noted.append)
+    except AssertionError:
+        if closest_decision(pair.ours, spec.case()) > 1e-6:
+            raise
+        stages = agreed(pair, replace(spec, number=spec.number + 12_000).case(), noted.append)
+    note(noted[-1])
+    return stages
+
+
 @pytest.mark.parametrize("spec", PAIRWISE, ids=str)
 def test_equal_to_transformers(spec: Spec, pair: Pairs, note: Note) -> None:
-    stages = agreed(pair(spec.shape), spec.case(), note)
+    stages = agreed_without_ties(pair(spec.shape), spec, note)
     assert_means_something(stages)
     assert len(stages["text_ids"]) == 6
 
@@ -219,7 +256,23 @@ def test_equal_to_transformers(spec: Spec, pair: Pairs, note: Note) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("spec", whole_product(), ids=str)
 def test_equal_to_transformers_everywhere(spec: Spec, pair: Pairs, note: Note) -> None:
-    agreed(pair(spec.shape), spec.case(), note)
+    agreed_without_ties(pair(spec.shape), spec, note)
+
+
+def test_ties_are_seen(pair: Pairs) -> None:
+    """A tie excuses a difference, so it must be one: ids that score a thousandth apart are none."""
+    model, case = pair("base").ours, one_turn()
+    first = int(trace(model, case)["text_ids"][0])
+    other = 5 if first != 5 else 6
+    assert closest_decision(model, case) > 1e-5
+    head = model.thinker.lm_head.weight
+    kept = head[other].clone()
+    with torch.no_grad():
+        head[other] = head[first]
+        assert closest_decision(model, case) < 1e-6
+        head[other] = head[first] * 0.999
+        assert closest_decision(model, case) > 1e-5
+        head[other] = kept
 
 
 def one_turn(*parts: str | tuple[Samples, int], **changes: Any) -> Case:
