@@ -288,7 +288,8 @@ class Conversation:
             self.talker.reserve(self.talker.filled + sum(user))
         self._ids, self._user, self._audio = [], [], []
         place = torch.tensor(ids, device=self.model.device)
-        x = self.model.embed_prompt(place, torch.cat(audio) if audio else None)
+        users = torch.tensor(user, device=self.model.device)
+        x = self.model.embed_prompt(place, torch.cat(audio) if audio else None, users)
         for start in range(0, len(ids), PREFILL):
             hidden, accept = self.model.thinker(x[None, start : start + PREFILL], self.thinker)
             self.hidden = hidden[:, -1].clone()  # not a view, which would keep all positions in memory

@@ -112,10 +112,17 @@ class Boxes(nn.Module):
             raise InputError("this checkpoint has no Talker and cannot speak; ask for text only")
         return self.speech
 
-    def embed_prompt(self, ids: Tensor, audio: Tensor | None = None) -> Tensor:
-        """Thinker's input [T, U] of ids [T]: audio ids are replaced, in order, by rows of `audio` [n, U]."""
+    def embed_prompt(self, ids: Tensor, audio: Tensor | None = None, user: Tensor | None = None) -> Tensor:
+        """Thinker's input [T, U] of ids [T]: audio ids are replaced, in order, by rows of `audio` [n, U].
+
+        `user` [T] is False where an id was not the user's: an audio id that the model says is a token like any other.
+        """
         x = self.thinker.embed(ids)
-        return x if audio is None else x.masked_scatter((ids == self.config.audio_token_id)[:, None], audio.to(x.dtype))
+        if audio is None:
+            return x
+        heard = ids == self.config.audio_token_id
+        heard = heard if user is None else heard & user
+        return x.masked_scatter(heard[:, None], audio.to(x.dtype))
 
     def embed_rows(self, rows: Rows, accept: Tensor | None = None) -> Tensor:
         """Talker's input [1, T, W] of laid-out rows; `accept` [T, U] holds the accept layer's states for audio rows.

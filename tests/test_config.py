@@ -398,7 +398,7 @@ SMALL_PATHS = [path for path in paths(SMALL) if not path.endswith(("_token_id", 
 SIZES = [0, 1, 2, 3, 4, 5, 8, 12, 24, 48, 100, CODEBOOK + 1024, [1], [3], [2, 2], [4, 15], MISSING, 0.5]
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.sampled_from(SMALL_PATHS), st.sampled_from(SIZES)), min_size=1, max_size=2))
 @example([("code2wav_config.sliding_window", 1)])
 @example([("thinker_config.audio_config.conv_layers", 1)])

@@ -430,6 +430,29 @@ def test_speech_that_ends_early(frame: int, pair: Pairs, note: Note) -> None:
     assert len(reply.text_ids) == 6  # the text goes on
 
 
+@torch.no_grad()
+def test_an_audio_id_that_the_model_says_takes_no_sound(pair: Pairs) -> None:
+    """Ids stand for sound where sound was heard; in an answer the same id is a token like any other."""
+    model, case = pair("base").ours, one_turn(max_text_tokens=3, max_frames=2)
+    heard, said = model.config.audio_token_id, int(trace(model, case)["text_ids"][2])
+    record: dict[str, list[Tensor]] = {}
+    with swapped(said, heard, model.thinker.lm_head):
+        session = model.session(record=record)
+        session.append_clip(*clip("1", 16000, 1))
+        session.append_text(TEXTS[0])
+        first = collect(session.respond(case.options))
+        assert first.text_ids[-1] == heard
+        session.append_clip(*clip("1", 16000, 2))
+        second = collect(session.respond(case.options))
+        ids = torch.tensor(session.ids[: len(session.ids) - len(second.text_ids) + 1])
+        x = model.thinker.embed(ids)
+        user = torch.zeros(len(ids), dtype=torch.bool)
+        user[user_positions(model, ids.tolist())] = True
+        x[user & (ids == heard)] = torch.cat(record["audio_features"])
+        logits = model.thinker.logits(model.thinker(x[None])[0][0, -1])
+    assert_close(logits, record["thinker_logits"][3][0])
+
+
 # --------------------------------------------------------------------------------------- boxes by themselves
 
 
