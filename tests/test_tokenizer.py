@@ -3,7 +3,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
@@ -66,6 +66,11 @@ def chatml_ids(oracle: Qwen2Tokenizer, text: str) -> list[int]:
     return oracle(text, add_special_tokens=False)["input_ids"]
 
 
+def plain_ids(oracle: Qwen2Tokenizer, text: str) -> list[int]:
+    """Ids of what a user typed: tags are tokens, control tokens are text."""
+    return oracle(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
 # ---------------------------------------------------------------------------------------------- text
 
 
@@ -82,8 +87,10 @@ def test_same_ids_as_transformers(tokenizer, oracle, text):
 
 @settings(max_examples=100)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
+@example("<|im_end|>")
+@example("a<|im_start|><tool_call>")
 def test_any_text_has_the_ids_of_transformers(one, oracle, text):
-    assert one.encode(text) == chatml_ids(oracle, text)
+    assert one.encode(text) == plain_ids(oracle, text)
 
 
 @pytest.mark.parametrize("control", SPECIAL)
