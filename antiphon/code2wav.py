@@ -26,6 +26,7 @@ from antiphon.streaming import (
     WindowCache,
     by_row,
     conv_tails,
+    run_convolutions,
     tails_of,
 )
 
@@ -135,14 +136,7 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x: Tensor, tails: Tails) -> Tensor:
         """[R, C, T] -> [R, C / 2, T * rate]."""
-        return run_convolutions(self.block, x, tails)
-
-
-def run_convolutions(modules: nn.ModuleList, x: Tensor, tails: Tails) -> Tensor:
-    """x through `modules` in order; those that look back take their tail."""
-    for module in modules:
-        x = module(x) if isinstance(module, SnakeBeta) else module(x, tails)
-    return x
+        return run_convolutions(self.block, x, tails, SnakeBeta)
 
 
 @dataclass
@@ -185,5 +179,5 @@ class Code2Wav(nn.Module):
         tails = tails_of(None if state is None else state.tails)
         for stage in self.upsample:
             if isinstance(stage, nn.ModuleList):
-                x = run_convolutions(stage, x, tails)
-        return run_convolutions(self.decoder, x, tails)[:, 0].clamp(-1, 1)
+                x = run_convolutions(stage, x, tails, SnakeBeta)
+        return run_convolutions(self.decoder, x, tails, SnakeBeta)[:, 0].clamp(-1, 1)

@@ -30,6 +30,7 @@ from antiphon.streaming import (
     conv_tails,
     keep,
     roll,
+    run_convolutions,
     tails_of,
     take,
 )
@@ -52,14 +53,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, tails: Tails) -> Tensor:
         """[R, C, T] -> [R, C, T]."""
-        return x + run_convolutions(self.block, x, tails)
-
-
-def run_convolutions(modules: nn.ModuleList, x: Tensor, tails: Tails) -> Tensor:
-    """x through `modules` in order; those that look back take their tail."""
-    for module in modules:
-        x = module(x) if isinstance(module, nn.ELU) else module(x, tails)
-    return x
+        return x + run_convolutions(self.block, x, tails, nn.ELU)
 
 
 class SEANet(nn.Module):
@@ -80,7 +74,7 @@ class SEANet(nn.Module):
 
     def forward(self, x: Tensor, tails: Tails) -> Tensor:
         """[R, 1, N] -> [R, W, T]."""
-        return run_convolutions(self.layers, x, tails)
+        return run_convolutions(self.layers, x, tails, nn.ELU)
 
 
 class TransformerLayer(nn.Module):

@@ -462,6 +462,13 @@ def tails_of(tails: Sequence[Tensor] | None) -> Tails:
     return repeat(None) if tails is None else iter(tails)
 
 
+def run_convolutions(modules: nn.ModuleList, x: Tensor, tails: Tails, activation: type[nn.Module]) -> Tensor:
+    """x through `modules` in order; all but those of class `activation` look back, and take their tail."""
+    for module in modules:
+        x = module(x) if isinstance(module, activation) else module(x, tails)
+    return x
+
+
 # ---------------------------------------------------------------------------------------------- waiting
 
 
