@@ -1,0 +1,1 @@
+"""Training: the world that tiny knows, the data made from it, and the loop that learns it."""

@@ -1,0 +1,218 @@
+"""Speech of the synthetic corpus: text in 19 languages to samples, spoken by espeak-ng.
+
+The engine is the library in the wheel `espeakng-loader`, called through ctypes. It keeps far more state between two
+utterances than its interface can reset (phases, filters, flutter, noise), so every utterance is spoken by a
+library that was loaded for it and is unloaded afterwards: that takes a millisecond, five where the voice is found by
+its name, and makes the samples a function of the arguments alone.
+
+Samples are mono float32 [N] at `RATE`, trimmed to `MARGIN` seconds of silence at both ends, at one loudness.
+"""
+
+import ctypes
+import os
+import re
+import threading
+from _ctypes import dlclose
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import soxr
+
+from antiphon.audio import Samples, from_pcm16
+from antiphon.errors import InputError
+
+RATE = 24000  # Hz
+MARGIN = 0.05  # seconds of silence that are kept, or added, before and after
+LEVEL = 0.08  # rms of what is said, unless a peak would pass PEAK
+PEAK = 0.95
+SILENCE = 0.003  # of the loudest sample; what is below at the ends counts as silence
+
+PITCHES = (20, 80)  # the engine's units: 50 is the variant's own
+SPEEDS = (120, 210)  # words a minute
+
+# where the engine finds each language: a file it opens directly, or (en, whose file has capitals) a name it looks up
+LANGUAGES = {
+    "ar": "sem/ar",
+    "de": "gmw/de",
+    "en": "en-us",
+    "es": "roa/es",
+    "fr": "roa/fr",
+    "id": "poz/id",
+    "it": "roa/it",
+    "ja": "jpx/ja",  # kana only
+    "ko": "ko",
+    "ms": "poz/ms",
+    "nl": "gmw/nl",
+    "pt": "roa/pt",
+    "ru": "zle/ru",
+    "th": "tai/th",
+    "tr": "trk/tr",
+    "ur": "inc/ur",
+    "vi": "aav/vi",
+    "yue": "sit/yue",
+    "zh": "sit/cmn",
+}
+
+# of the wheel's variants those that are understood well and that MFCC statistics tell apart from each other
+TRAIN_VARIANTS = (
+    "",
+    "m1",
+    "m2",
+    "m3",
+    "m4",
+    "m7",
+    "Alex",
+    "Denis",
+    "Gene",
+    "Mario",
+    "max",
+    "f1",
+    "f2",
+    "f3",
+    "f4",
+    "Annie",
+    "belinda",
+    "steph",
+)
+HELD_OUT_VARIANTS = ("Lee", "Michael", "quincy", "f5", "Alicia", "Andrea")  # three men, three women; for tests only
+
+
+@dataclass(frozen=True)
+class Voice:
+    """How the engine speaks, in every language.
+
+    Raises:
+        InputError: a pitch or speed outside `PITCHES` or `SPEEDS`.
+    """
+
+    variant: str = ""
+    pitch: int = 50
+    speed: int = 165
+
+    def __post_init__(self) -> None:
+        for name, value, (low, high) in (("pitch", self.pitch, PITCHES), ("speed", self.speed, SPEEDS)):
+            if not low <= value <= high:
+                raise InputError(f"the {name} of a voice is {value}; give {low} to {high}")
+
+
+PRESETS = {  # the product's own voices, one speaker each in all languages
+    "ethan": Voice("m3", 40, 165),
+    "chelsie": Voice("f2", 60, 165),
+    "aiden": Voice("m7", 60, 175),
+    "serena": Voice("steph", 40, 155),
+}
+
+
+def draw_voice(rng: np.random.Generator, variants: Sequence[str] = TRAIN_VARIANTS) -> Voice:
+    """One of the variants at any pitch and speed."""
+    variant = variants[int(rng.integers(len(variants)))]
+    return Voice(variant, int(rng.integers(PITCHES[0], PITCHES[1] + 1)), int(rng.integers(SPEEDS[0], SPEEDS[1] + 1)))
+
+
+def say(text: str, language: str, voice: Voice = Voice()) -> Samples:
+    """The text spoken in a language of `LANGUAGES`: float32 [N] at `RATE`, the same samples in every process.
+
+    Raises:
+        InputError: a language or variant that there is not, an empty text, Japanese with kanji, a text that the engine
+            has no sound for, or no engine.
+    """
+    if language not in LANGUAGES:
+        raise InputError(f"there is no speech in {language!r}; the languages are {', '.join(LANGUAGES)}")
+    if voice.variant not in variants():
+        raise InputError(f"espeak-ng has no voice variant {voice.variant!r}; it has {', '.join(variants()[1:])}")
+    if not text.strip():
+        raise InputError("there is no text to say; give at least one word")
+    if language == "ja" and (kanji := re.search("[\u3400-\u9fff]", text)):
+        raise InputError(f"espeak-ng reads no kanji ({kanji[0]} in {text!r}); give the text in kana")
+    samples = _trim(soxr.resample(_speak(text, LANGUAGES[language], voice), ENGINE_RATE, RATE, "VHQ"))
+    if not samples.size:
+        raise InputError(f"espeak-ng has no sound for {text!r} in {language!r}; give words of that language")
+    return samples
+
+
+def variants() -> tuple[str, ...]:
+    """The voice variants of the installed engine; the first, "", is its plain voice."""
+    return "", *sorted(os.listdir(os.path.join(_wheel()[1], "voices", "!v")))
+
+
+def _trim(samples: Samples) -> Samples:
+    """What is sounding, with margins and at the usual level; nothing if there is only silence."""
+    peak = np.abs(samples).max(initial=0)
+    if peak < 1e-3:
+        return samples[:0]
+    loud = np.flatnonzero(np.abs(samples) > SILENCE * peak)
+    margin = round(MARGIN * RATE)
+    samples = np.pad(samples, margin)[loud[0] : loud[-1] + 1 + 2 * margin]
+    gain = min(LEVEL / np.sqrt(np.mean(samples[margin:-margin] ** 2)), PEAK / peak)
+    return (samples * gain).astype(np.float32)
+
+
+# -------------------------------------------------------------------------------------------- the library
+
+ENGINE_RATE = 22050
+SYNCHRONOUS = 2  # espeak_AUDIO_OUTPUT: samples go to the callback before espeak_Synth returns
+SPEED, VOLUME, PITCH = 1, 2, 3  # espeak_PARAMETER
+UTF8, END_PAUSE = 1, 0x1000  # flags of espeak_Synth
+HALF_VOLUME = 50  # at the usual 100, loud variants clip
+SEED = 1
+
+CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+_one_at_a_time = threading.Lock()  # the library's state is the process's
+
+
+def _speak(text: str, place: str, voice: Voice) -> Samples:
+    """What the engine gives, float32 [N] at ENGINE_RATE."""
+    pieces: list[bytes] = []
+
+    @CALLBACK
+    def take(wave: "ctypes._Pointer[ctypes.c_short]", length: int, _events: int) -> int:
+        if wave and length:
+            pieces.append(ctypes.string_at(wave, 2 * length))
+        return 0
+
+    data = text.encode()
+    with _fresh_engine() as engine:
+        name = f"{place}+{voice.variant}" if voice.variant else place
+        if engine.espeak_SetVoiceByName(name.encode()):
+            raise InputError(f"espeak-ng has no voice {name!r}; reinstall the package espeakng-loader")
+        for parameter, value in ((SPEED, voice.speed), (PITCH, voice.pitch), (VOLUME, HALF_VOLUME)):
+            engine.espeak_SetParameter(parameter, value, 0)
+        engine.espeak_SetSynthCallback(take)
+        engine.espeak_Synth(data, ctypes.c_size_t(len(data) + 1), 0, 0, 0, UTF8 | END_PAUSE, None, None)
+    return from_pcm16(b"".join(pieces))
+
+
+@contextmanager
+def _fresh_engine() -> Iterator[ctypes.CDLL]:
+    library, data = _wheel()
+    with _one_at_a_time:
+        if _is_loaded(library):
+            raise InputError("espeak-ng is already in use in this process by other code; say() needs it to itself")
+        engine = ctypes.CDLL(library)
+        try:
+            engine.espeak_Initialize(SYNCHRONOUS, 0, data.encode(), 0)
+            engine.espeak_ng_SetRandSeed(ctypes.c_long(SEED))  # it starts from the time of day
+            ctypes.CDLL(None).srand(SEED)  # a few variants draw from the C library instead
+            yield engine
+        finally:
+            engine.espeak_Terminate()
+            dlclose(engine._handle)
+
+
+def _is_loaded(library: str) -> bool:
+    try:
+        dlclose(ctypes.CDLL(library, mode=os.RTLD_NOLOAD)._handle)
+    except OSError:
+        return False
+    return True
+
+
+def _wheel() -> tuple[str, str]:
+    """The paths of the library and of its data."""
+    try:
+        import espeakng_loader
+    except ImportError:
+        raise InputError("synthetic speech needs espeak-ng; pip install espeakng-loader") from None
+    return espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
