@@ -32,11 +32,13 @@ SILENCE = 0.003  # of the loudest sample; what is below at the ends counts as si
 PITCHES = (20, 80)  # the engine's units: 50 is the variant's own
 SPEEDS = (120, 210)  # words a minute
 
-# where the engine finds each language: a file it opens directly, or (en, whose file has capitals) a name it looks up
-LANGUAGES = {
+# how each language is called and where the engine finds it: a file it opens directly, or a name it has to look up
+LANGUAGE_VOICES = {
     "ar": "sem/ar",
+    "cmn": "sit/cmn",
     "de": "gmw/de",
-    "en": "en-us",
+    "en-gb": "gmw/en",
+    "en-us": "en-us",
     "es": "roa/es",
     "fr": "roa/fr",
     "id": "poz/id",
@@ -46,13 +48,13 @@ LANGUAGES = {
     "ms": "poz/ms",
     "nl": "gmw/nl",
     "pt": "roa/pt",
+    "pt-br": "pt-br",
     "ru": "zle/ru",
     "th": "tai/th",
     "tr": "trk/tr",
     "ur": "inc/ur",
     "vi": "aav/vi",
     "yue": "sit/yue",
-    "zh": "sit/cmn",
 }
 
 # of the wheel's variants those that are understood well and that MFCC statistics tell apart from each other
@@ -111,24 +113,24 @@ def draw_voice(rng: np.random.Generator, variants: Sequence[str] = TRAIN_VARIANT
     return Voice(variant, int(rng.integers(PITCHES[0], PITCHES[1] + 1)), int(rng.integers(SPEEDS[0], SPEEDS[1] + 1)))
 
 
-def say(text: str, language: str, voice: Voice = Voice()) -> Samples:
-    """The text spoken in a language of `LANGUAGES`: float32 [N] at `RATE`, the same samples in every process.
+def say(text: str, language_voice: str, voice: Voice = Voice()) -> Samples:
+    """The text spoken as `LANGUAGE_VOICES` says: float32 [N] at `RATE`, the same samples in every process.
 
     Raises:
         InputError: a language or variant that there is not, an empty text, Japanese with kanji, a text that the engine
             has no sound for, or no engine.
     """
-    if language not in LANGUAGES:
-        raise InputError(f"there is no speech in {language!r}; the languages are {', '.join(LANGUAGES)}")
+    if language_voice not in LANGUAGE_VOICES:
+        raise InputError(f"there is no speech in {language_voice!r}; choose one of {', '.join(LANGUAGE_VOICES)}")
     if voice.variant not in variants():
         raise InputError(f"espeak-ng has no voice variant {voice.variant!r}; it has {', '.join(variants()[1:])}")
     if not text.strip():
         raise InputError("there is no text to say; give at least one word")
-    if language == "ja" and (kanji := re.search("[\u3400-\u9fff]", text)):
+    if language_voice == "ja" and (kanji := re.search("[\u3400-\u9fff]", text)):
         raise InputError(f"espeak-ng reads no kanji ({kanji[0]} in {text!r}); give the text in kana")
-    samples = _trim(soxr.resample(_speak(text, LANGUAGES[language], voice), ENGINE_RATE, RATE, "VHQ"))
+    samples = _trim(soxr.resample(_speak(text, LANGUAGE_VOICES[language_voice], voice), ENGINE_RATE, RATE, "VHQ"))
     if not samples.size:
-        raise InputError(f"espeak-ng has no sound for {text!r} in {language!r}; give words of that language")
+        raise InputError(f"espeak-ng has no sound for {text!r} in {language_voice!r}; give words of that language")
     return samples
 
 
