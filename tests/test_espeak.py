@@ -11,6 +11,7 @@ import pytest
 from antiphon.errors import InputError
 from antiphon.train import espeak
 from antiphon.train.espeak import (
+    FLITE_VOICES,
     HELD_OUT_VARIANTS,
     LANGUAGE_VOICES,
     PRESETS,
@@ -18,6 +19,10 @@ from antiphon.train.espeak import (
     TRAIN_VARIANTS,
     Voice,
     draw_voice,
+    festival_is_installed,
+    festival_say,
+    flite_is_installed,
+    flite_say,
     say,
 )
 
@@ -184,3 +189,53 @@ def test_without_the_engine(monkeypatch):
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
     with pytest.raises(InputError, match="pip install espeakng-loader"):
         say("hello", "en-us")
+
+
+# ----------------------------------------------------------------------------------------- other engines
+
+needs_flite = pytest.mark.skipif(not flite_is_installed(), reason="flite is not installed")
+needs_festival = pytest.mark.skipif(not festival_is_installed(), reason="festival is not installed")
+
+
+@needs_flite
+@pytest.mark.parametrize("voice", FLITE_VOICES)
+def test_flite(voice):
+    samples = flite_say(SENTENCES["en-us"], voice)
+    assert samples.dtype == np.float32
+    assert 1.5 < seconds(samples) < 5
+    assert samples.std() > 0.05
+    assert digest(flite_say(SENTENCES["en-us"], voice)) == digest(samples)
+
+
+@needs_festival
+def test_festival():
+    text, high, slow = SENTENCES["en-us"], Voice("ked", 80, 165), Voice("ked", 50, 120)
+    plain, raised, stretched = festival_say([(text, Voice("ked")), (text, high), (text, slow)])
+    assert 1.5 < seconds(plain) < 5
+    assert pitch(raised) == pytest.approx(pitch(plain) * 2**0.5, rel=0.15)
+    assert seconds(stretched) == pytest.approx(seconds(plain) * 165 / 120, rel=0.1)
+    (alone,) = festival_say([(text, slow)])
+    assert digest(alone) == digest(stretched)  # what was said before changes nothing
+    assert seconds(festival_say([('A "quoted" \\ (word)', slow)])[0]) > 0.5
+
+
+@needs_flite
+@needs_festival
+def test_what_the_other_engines_cannot_say():
+    with pytest.raises(InputError, match="no voice 'zoe'"):
+        flite_say("hello", "zoe")
+    with pytest.raises(InputError, match="no voice 'f1'; choose one of ked"):
+        festival_say([("hello", Voice("f1"))])
+    for text in ("", "...", "café"):
+        with pytest.raises(InputError, match="no plain English"):
+            flite_say(text, "awb")
+        with pytest.raises(InputError, match="no plain English"):
+            festival_say([(text, Voice("ked"))])
+
+
+def test_absent_engines_name_their_packages(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(InputError, match="apt-get install flite"):
+        flite_say("hello", "awb")
+    with pytest.raises(InputError, match="apt-get install festival festvox-kdlpc16k"):
+        festival_say([("hello", Voice("ked"))])

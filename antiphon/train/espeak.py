@@ -1,9 +1,11 @@
-"""Speech of the synthetic corpus: text in 19 languages to samples, spoken by espeak-ng.
+"""Speech of the synthetic corpus: text to samples, in 19 languages by espeak-ng and in English by two other engines.
 
-The engine is the library in the wheel `espeakng-loader`, called through ctypes. It keeps far more state between two
+espeak-ng is the library in the wheel `espeakng-loader`, called through ctypes. It keeps far more state between two
 utterances than its interface can reset (phases, filters, flutter, noise), so every utterance is spoken by a
 library that was loaded for it and is unloaded afterwards: that takes a millisecond, five where the voice is found by
 its name, and makes the samples a function of the arguments alone.
+
+festival (English for training) and flite (English for tests, never trained on) are Debian's programs, and optional.
 
 Samples are mono float32 [N] at `RATE`, trimmed to `MARGIN` seconds of silence at both ends, at one loudness.
 """
@@ -11,22 +13,27 @@ Samples are mono float32 [N] at `RATE`, trimmed to `MARGIN` seconds of silence a
 import ctypes
 import os
 import re
+import shutil
+import subprocess
 import threading
 from _ctypes import dlclose
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import soxr
 
-from antiphon.audio import Samples, from_pcm16
+from antiphon.audio import Samples, from_pcm16, read_audio
 from antiphon.errors import InputError
 
 RATE = 24000  # Hz
 MARGIN = 0.05  # seconds of silence that are kept, or added, before and after
 LEVEL = 0.08  # rms of what is said, unless a peak would pass PEAK
 PEAK = 0.95
+AUDIBLE = 1e-3  # a peak below it is no sound
 SILENCE = 0.003  # of the loudest sample; what is below at the ends counts as silence
 
 PITCHES = (20, 80)  # the engine's units: 50 is the variant's own
@@ -128,7 +135,7 @@ def say(text: str, language_voice: str, voice: Voice = Voice()) -> Samples:
         raise InputError("there is no text to say; give at least one word")
     if language_voice == "ja" and (kanji := re.search("[\u3400-\u9fff]", text)):
         raise InputError(f"espeak-ng reads no kanji ({kanji[0]} in {text!r}); give the text in kana")
-    samples = _trim(soxr.resample(_speak(text, LANGUAGE_VOICES[language_voice], voice), ENGINE_RATE, RATE, "VHQ"))
+    samples = _finish(_speak(text, LANGUAGE_VOICES[language_voice], voice), ENGINE_RATE)
     if not samples.size:
         raise InputError(f"espeak-ng has no sound for {text!r} in {language_voice!r}; give words of that language")
     return samples
@@ -139,10 +146,11 @@ def variants() -> tuple[str, ...]:
     return "", *sorted(os.listdir(os.path.join(_wheel()[1], "voices", "!v")))
 
 
-def _trim(samples: Samples) -> Samples:
-    """What is sounding, with margins and at the usual level; nothing if there is only silence."""
+def _finish(samples: Samples, rate: int) -> Samples:
+    """What is sounding, at RATE, with margins and at the usual level; nothing if there is only silence."""
+    samples = soxr.resample(samples, rate, RATE, "VHQ")
     peak = np.abs(samples).max(initial=0)
-    if peak < 1e-3:
+    if peak < AUDIBLE:
         return samples[:0]
     loud = np.flatnonzero(np.abs(samples) > SILENCE * peak)
     margin = round(MARGIN * RATE)
@@ -151,7 +159,7 @@ def _trim(samples: Samples) -> Samples:
     return (samples * gain).astype(np.float32)
 
 
-# -------------------------------------------------------------------------------------------- the library
+# ---------------------------------------------------------------------------------- the library espeak-ng
 
 ENGINE_RATE = 22050
 SYNCHRONOUS = 2  # espeak_AUDIO_OUTPUT: samples go to the callback before espeak_Synth returns
@@ -218,3 +226,93 @@ def _wheel() -> tuple[str, str]:
     except ImportError:
         raise InputError("synthetic speech needs espeak-ng; pip install espeakng-loader") from None
     return espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
+
+
+# ----------------------------------------------------------------------------- other engines, for English
+
+FLITE_VOICES = ("awb", "rms", "slt", "kal16")  # a Scot, an American man and woman by statistics, a man by diphones
+FESTIVAL_VOICES = ("ked",)  # an American man by diphones; festival's kal would be flite's
+KED_HZ = 105.0  # his pitch at 50; it doubles over the scale's 60 steps
+KED_WORDS = 165.0  # his words a minute, about
+
+FESTIVAL = """
+(voice_ked_diphone)
+(define (speak file text stretch pitch)
+  (Parameter.set 'Duration_Stretch stretch)
+  (set! int_lr_params (list (list 'target_f0_mean pitch) '(target_f0_std 14) '(model_f0_mean 170) '(model_f0_std 34)))
+  (utt.save.wave (utt.synth (eval (list 'Utterance 'Text text))) file 'riff))
+"""
+
+
+def flite_say(text: str, voice: str) -> Samples:
+    """English by one of `FLITE_VOICES`, float32 [N] at `RATE`; for tests only, so that one engine stays unheard.
+
+    Raises:
+        InputError: flite is not installed, a voice that it has not, or no plain English text.
+    """
+    if voice not in FLITE_VOICES:
+        raise InputError(f"flite has no voice {voice!r} that is used here; choose one of {', '.join(FLITE_VOICES)}")
+    if not flite_is_installed():
+        raise InputError("the speech engine of the tests is not installed; apt-get install flite")
+    _check_english(text)
+    with TemporaryDirectory() as folder:
+        wav = Path(folder, "out.wav")
+        _run(["flite", "-voice", voice, "-t", text, "-o", str(wav)])
+        return _read(wav, text)
+
+
+def festival_say(lines: Sequence[tuple[str, Voice]]) -> list[Samples]:
+    """English by festival, each line in its voice's pitch and speed, as float32 [N] at `RATE`.
+
+    A call starts the program once, which takes as long as speaking half a minute: give it many lines.
+
+    Raises:
+        InputError: festival or its voice is not installed, a variant that is not of `FESTIVAL_VOICES`, or no plain
+            English text.
+    """
+    if not festival_is_installed():
+        raise InputError("the second speech engine is not installed; apt-get install festival festvox-kdlpc16k")
+    with TemporaryDirectory() as folder:
+        wavs = [Path(folder, f"{n}.wav") for n in range(len(lines))]
+        script = Path(folder, "say.scm")
+        commands = [_festival_command(wav, text, voice) for wav, (text, voice) in zip(wavs, lines, strict=True)]
+        script.write_text("\n".join([FESTIVAL, *commands]))
+        _run(["festival", "-b", str(script)])
+        return [_read(wav, text) for wav, (text, _) in zip(wavs, lines, strict=True)]
+
+
+def flite_is_installed() -> bool:
+    """Whether `flite_say` can speak."""
+    return shutil.which("flite") is not None
+
+
+def festival_is_installed() -> bool:
+    """Whether `festival_say` can speak."""
+    return shutil.which("festival") is not None and Path("/usr/share/festival/voices/english/ked_diphone").is_dir()
+
+
+def _festival_command(wav: Path, text: str, voice: Voice) -> str:
+    if voice.variant not in FESTIVAL_VOICES:
+        raise InputError(f"festival has no voice {voice.variant!r}; choose one of {', '.join(FESTIVAL_VOICES)}")
+    _check_english(text)
+    quoted = text.replace("\\", " ").replace('"', " ")
+    pitch = KED_HZ * 2 ** ((voice.pitch - 50) / (PITCHES[1] - PITCHES[0]))
+    return f'(speak "{wav}" "{quoted}" {KED_WORDS / voice.speed:.4f} {pitch:.2f})'
+
+
+def _check_english(text: str) -> None:
+    if not (text.isascii() and any(c.isalnum() for c in text)):
+        raise InputError(f"{text!r} is no plain English; give words in the letters a to z")
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise InputError(f"{command[0]} failed ({done.stderr.strip()[-200:]}); reinstall it")
+
+
+def _read(wav: Path, text: str) -> Samples:
+    samples, rate = read_audio(wav)
+    if not (samples := _finish(samples, rate)).size:
+        raise InputError(f"the engine has no sound for {text!r}; give words in English")
+    return samples
