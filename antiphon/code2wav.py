@@ -74,8 +74,8 @@ class WindowLayer(nn.Module):
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], span: Span, layer: int) -> Tensor:
         """[N, W] -> [N, W], N = R * T."""
-        x = x + self.self_attn_layer_scale(self.self_attn(self.input_layernorm(x), turn, span, layer))
-        return x + self.mlp_layer_scale(self.mlp(self.post_attention_layernorm(x)))
+        x = self.self_attn_layer_scale(self.self_attn(self.input_layernorm(x), turn, span, layer), x)
+        return self.mlp_layer_scale(self.mlp(self.post_attention_layernorm(x)), x)
 
 
 class WindowTransformer(nn.Module):

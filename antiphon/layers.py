@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from antiphon.config import DecoderConfig
-from antiphon.streaming import FrameCache, FrameSpan, KVCache, Span, WindowCache, open_span
+from antiphon.streaming import CACHE_BLOCK, FrameCache, KVCache, PlacedSpan, Span, WindowCache, open_span
+
+GATHERED_AT_MOST = 1 << 17  # numbers in matrices of experts that are copied together rather than visited one by one
 
 
 def widened(x: Tensor) -> Tensor:
@@ -38,15 +40,17 @@ class RMSNorm(nn.Module):
 
 
 def unit_rms(x: Tensor, eps: float) -> Tensor:
-    """x [.., D] over its root mean square. Four kernels; F.rms_norm is a dozen on a CPU, half the time of a step."""
-    wide = widened(x)
+    """x [.., D] over its root mean square. Three kernels; F.rms_norm is a dozen on a CPU, half the time of a step."""
+    wide, root = widened(x), x.shape[-1] ** 0.5
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    scale = torch.addcmul(_constant(eps, wide.device, wide.dtype), length, length, value=1 / x.shape[-1]).rsqrt()
-    return wide * scale if wide is x else (wide * scale).to(x.dtype)
+    length = torch.hypot(length, constant(root * eps**0.5, wide.device, wide.dtype))
+    y = torch.addcdiv(constant(0.0, wide.device, wide.dtype), wide, length, value=root)
+    return y if wide is x else y.to(x.dtype)
 
 
 @lru_cache
-def _constant(value: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+def constant(value: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The same tensor [] for the same value."""
     with torch.inference_mode(False):
         return torch.tensor(value, device=device, dtype=dtype)
 
@@ -58,9 +62,20 @@ class LayerScale(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.full((dim,), initial))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[…, dim] -> […, dim]."""
-        return self.scale * x
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[…, dim] -> […, dim], added to `residual` if there is one."""
+        return self.scale * x if residual is None else torch.addcmul(residual, self.scale, x)
+
+
+class Linear(nn.Linear):
+    """A linear map whose product may be added to a residual in the same kernel."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [N, inputs] -> [N, outputs]."""
+        if residual is None or self.bias is not None:
+            y = super().forward(x)
+            return y if residual is None else residual + y
+        return torch.addmm(residual, x, self.weight.t())
 
 
 class FusedLinear(nn.Linear):
@@ -77,14 +92,14 @@ def _frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines [N, 1, D] of positions [N]; angles in float32 whatever the model's type."""
-    angles = positions[:, None, None].float() * _frequencies(head_dim, theta, positions.device)
+    """Cosines and signed sines [.., 1, D] of positions [..]; angles in float32 whatever the model's type."""
+    angles = positions[..., None, None].float() * _frequencies(head_dim, theta, positions.device)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions applied to x [N, H, D]: the halves of D are the pairs that turn."""
+    """Rotary positions applied to x [.., H, D]: the halves of D are the pairs that turn."""
     return torch.addcmul(x * cos, x.index_select(-1, _swapped_halves(x.shape[-1], x.device)), sin)
 
 
@@ -100,11 +115,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     Query heads of one key head are further queries of it, so keys are not repeated in memory.
     """
     (batch, steps, heads, dim), keys = q.shape, k.shape[1]
-    if (
-        steps == 1 and q.device.type == "cpu"
-    ):  # a single step is all overhead: three kernels, a third of the fused one's
+    if steps == 1 and q.device.type == "cpu":  # all overhead: three kernels take a third of the fused one's time
         q = q.reshape(batch * keys, heads // keys, dim)
-        scores = torch.bmm(q, k.flatten(0, 1).transpose(1, 2)) * dim**-0.5
+        nothing = constant(0.0, q.device, q.dtype)
+        scores = torch.baddbmm(nothing, q, k.flatten(0, 1).transpose(1, 2), beta=0, alpha=dim**-0.5)
         if mask is not None:
             scores = torch.where(mask[:, 0], scores.view(batch, heads, -1), -torch.inf).view_as(scores)
         return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).view(batch, heads * dim)
@@ -126,20 +140,21 @@ class Attention(nn.Module):
         self.kinds, self.turning = [heads, kv_heads], [heads + kv_heads, kv_heads]
         parts = {"q_proj": heads * head_dim, "k_proj": kv_heads * head_dim, "v_proj": kv_heads * head_dim}
         self.qkv_proj = FusedLinear(width, parts, bias=bias)
-        self.o_proj = nn.Linear(heads * head_dim, width, bias=bias)
+        self.o_proj = Linear(heads * head_dim, width, bias=bias)
         self.q_norm = None if norm_eps is None else RMSNorm(head_dim, norm_eps)
         self.k_norm = None if norm_eps is None else RMSNorm(head_dim, norm_eps)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], span: Span, layer: int) -> Tensor:
+    def forward(
+        self, x: Tensor, turn: tuple[Tensor, Tensor], span: Span, layer: int, residual: Tensor | None = None
+    ) -> Tensor:
         """x [N, W] -> [N, W], N = B * T steps of the span; `turn` is what `rotary` gave for them."""
-        shape = (x.shape[0] // span.steps, span.steps, -1, self.head_dim)
-        qk, v = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim).split(self.turning, 1)  # [N, H + K or K, D]
+        qkv = self.qkv_proj(x).view(-1, span.steps, sum(self.turning), self.head_dim)
+        qk, v = qkv.split_with_sizes(self.turning, 2)  # [B, T, H + K or K, D]
         if self.q_norm is not None and self.k_norm is not None:
             weight = (self.q_norm.weight.expand(self.heads, -1), self.k_norm.weight.expand(self.kv_heads, -1))
             qk = unit_rms(qk, self.q_norm.eps) * torch.cat(weight)
-        q, k = rotate(qk, *turn).view(shape).split(self.kinds, 2)  # [B, T, H or K, D]
-        k, v = span.store(layer, k.transpose(1, 2), v.reshape(shape).transpose(1, 2))
-        return self.o_proj(attend(q, k, v, span.mask))
+        q, k = rotate(qk, *turn).split_with_sizes(self.kinds, 2)
+        return self.o_proj(attend(q, *span.store(layer, k, v), span.mask), residual)
 
 
 class SwiGLU(nn.Module):
@@ -148,11 +163,11 @@ class SwiGLU(nn.Module):
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
         self.gate_up_proj = FusedLinear(width, {"gate_proj": inner, "up_proj": inner})
-        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.down_proj = Linear(inner, width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[…, W] -> […, W]."""
-        return self.down_proj(gated(self.gate_up_proj(x)))
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[N, W] -> [N, W], added to `residual` if there is one."""
+        return self.down_proj(gated(self.gate_up_proj(x)), residual)
 
 
 def gated(x: Tensor) -> Tensor:
@@ -183,6 +198,21 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
         """x [N, W] through the experts chosen [N, k], mixed by weight [N, k] -> [N, W]."""
+        _, inner, width = self.gate_up_proj.shape
+        if chosen.numel() * inner * width <= GATHERED_AT_MOST:
+            return self._gathered(x, chosen, weight)
+        return self._grouped(x, chosen, weight)
+
+    def _gathered(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
+        """Few and small matrices: a copy of all that are needed, then one product per projection."""
+        slots, (tokens, choices) = chosen.flatten(), chosen.shape
+        x = x[:, None].expand(-1, choices, -1).reshape(slots.numel(), -1, 1)
+        inner = torch.bmm(gather(self.gate_up_proj, self.gate_up_scale, slots, x), x).squeeze(-1)
+        y = torch.bmm(gather(self.down_proj, self.down_scale, slots, x), gated(inner).unsqueeze(-1))
+        return torch.bmm(weight[:, None], y.view(tokens, choices, -1)).squeeze(1)
+
+    def _grouped(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
+        """One expert after another, each on all of its tokens."""
         y = torch.zeros_like(x)
         order = chosen.flatten().argsort(stable=True)  # slots grouped by expert, tokens in order
         token, share = order // chosen.shape[1], weight.flatten()[order, None]
@@ -202,6 +232,12 @@ class Experts(nn.Module):
 def scaled(weight: Tensor, scale: Tensor | None, expert: int, like: Tensor) -> Tensor:
     """Weight matrix of one expert; a quantized one is multiplied out in the type of the activations."""
     return weight[expert] if scale is None else weight[expert].to(like.dtype) * scale[expert, :, None]
+
+
+def gather(weight: Tensor, scale: Tensor | None, experts: Tensor, like: Tensor) -> Tensor:
+    """Weight matrices of `experts` [n], as `scaled` gives them one by one."""
+    chosen = weight.index_select(0, experts)
+    return chosen if scale is None else chosen.to(like.dtype) * scale.index_select(0, experts)[:, :, None]
 
 
 class Router(nn.Module):
@@ -234,15 +270,15 @@ class SparseMLP(nn.Module):
         self.shared_expert = None if shared is None else SwiGLU(width, shared)
         self.shared_expert_gate = None if shared is None else nn.Linear(width, 1, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, W] -> [N, W]."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[N, W] -> [N, W], added to `residual` if there is one."""
         weight, chosen = self.gate(x).topk(self.top_k, -1)
         if self.normalize:
             weight = weight / weight.sum(-1, keepdim=True)
         y = self.experts(x, chosen, weight.to(x.dtype))
         if self.shared_expert is not None and self.shared_expert_gate is not None:
-            y = y + self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
-        return y
+            y = torch.addcmul(y, self.shared_expert_gate(x).sigmoid(), self.shared_expert(x))
+        return y if residual is None else residual + y
 
 
 class DecoderLayer(nn.Module):
@@ -265,8 +301,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], span: Span, layer: int) -> Tensor:
         """[N, W] -> [N, W]."""
-        x = x + self.self_attn(self.input_layernorm(x), turn, span, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = self.self_attn(self.input_layernorm(x), turn, span, layer, x)
+        return self.mlp(self.post_attention_layernorm(x), x)
 
 
 def run_layers(
@@ -300,21 +336,20 @@ def run_layers(
 def span_rotary(
     span: Span, batch: int, positions: Tensor | None, head_dim: int, theta: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """`rotary` of the span's steps, or of `positions` [B, T], for a batch of sequences."""
-    if positions is None and isinstance(span, FrameSpan):
-        return _frame_rotary(span.start, span.steps, batch, head_dim, theta, dtype, span.device)
-    positions = span.positions if positions is None else positions
-    return rotary(positions.expand(batch, -1).reshape(-1), head_dim, theta, dtype)
+    """`rotary` [B or 1, T, 1, D] of the span's steps, or of `positions` [B, T], for a batch of sequences."""
+    if positions is not None or not isinstance(span, PlacedSpan):
+        return rotary(span.positions if positions is None else positions, head_dim, theta, dtype)
+    stop = span.start + span.steps
+    tables = _rotary_tables(-(-stop // CACHE_BLOCK) * CACHE_BLOCK, head_dim, theta, dtype, span.device)
+    return tables[0][span.start : stop], tables[1][span.start : stop]
 
 
-@lru_cache(maxsize=1024)
-def _frame_rotary(
-    start: int, steps: int, batch: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
+@lru_cache(maxsize=16)
+def _rotary_tables(
+    size: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    # a frame has a handful of positions, the same in every frame
     with torch.inference_mode(False):
-        positions = torch.arange(start, start + steps, device=device).repeat(batch)
-        return rotary(positions, head_dim, theta, dtype)
+        return rotary(torch.arange(size, device=device), head_dim, theta, dtype)
 
 
 class Decoder(nn.Module):

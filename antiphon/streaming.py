@@ -119,7 +119,7 @@ class Span(Protocol):
         ...
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep keys and values [R, H, T, D] of `layer`; returns all that the steps attend over [R, H, S, D]."""
+        """Keep keys and values [R, T, H, D] of `layer`; returns all that the steps attend over [R, H, S, D]."""
         ...
 
     def close(self) -> None:
@@ -143,10 +143,44 @@ class WholeSpan:
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Nothing to keep."""
-        return k, v
+        return k.transpose(1, 2), v.transpose(1, 2)
 
     def close(self) -> None:
         """Nothing to move on."""
+
+
+class Slots:
+    """Places `start` to `stop` of buffers of keys and values [L, R, H, S, D], cut out once for all layers."""
+
+    def __init__(self, k: Tensor, v: Tensor, start: int, stop: int) -> None:
+        self._places = [t[:, :, :, start:stop].transpose(2, 3).unbind() for t in (k, v)]
+        self._past = [t[:, :, :, :stop].unbind() for t in (k, v)]
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put keys and values [R, T, H, D] of `layer` there; returns all up to `stop` [R, H, stop, D]."""
+        self._places[0][layer].copy_(k)
+        self._places[1][layer].copy_(v)
+        return self._past[0][layer], self._past[1][layer]
+
+
+class PlacedSpan(Slots):
+    """Steps whose place the host knows, the same in all rows, so that a single one needs neither mask nor index."""
+
+    def __init__(self, cache: KVCache | FrameCache, start: int, steps: int) -> None:
+        super().__init__(cache.k, cache.v, start, start + steps)
+        self.cache, self.start, self.steps, self.device = cache, start, steps, cache.k.device
+        self.mask: Tensor | None = None
+        if steps > 1:
+            self.mask = _visible(self.positions, torch.arange(start + steps, device=self.device)[None], None)
+
+    @property
+    def positions(self) -> Tensor:
+        """[1, T]."""
+        return torch.arange(self.start, self.start + self.steps, device=self.device)[None]
+
+    def close(self) -> None:
+        """The steps are past."""
+        self.cache.advance(self.steps)
 
 
 def open_span(cache: KVCache | WindowCache | FrameCache | None, x: Tensor, window: int | None = None) -> Span:
@@ -196,10 +230,25 @@ class KVCache(State):
             self.k = F.pad(self.k, (0, 0, 0, more))
             self.v = F.pad(self.v, (0, 0, 0, more))
 
-    def span(self, steps: int) -> _CacheSpan:
+    def span(self, steps: int) -> Span:
         """Room for `steps` more per row."""
         self.reserve(self.filled + steps)
+        if self.rows == 1 and self.k.device.type == "cpu":  # elsewhere the place stays a tensor, for graphs to read
+            return PlacedSpan(self, self.filled, steps)
         return _CacheSpan(self, steps)
+
+    def advance(self, steps: int) -> None:
+        """Count `steps` more in every row."""
+        self.length += steps
+        self.filled += steps
+        if self.whole is not None:
+            self.whole.learn(self.filled)
+
+    def learn(self, filled: int) -> None:
+        """A row of this has grown to `filled` in a view."""
+        self.filled = max(self.filled, filled)
+        if self.whole is not None:
+            self.whole.learn(filled)
 
     def truncate(self, length: int, row: int = 0) -> None:
         """Cut `row` back to its first `length` slots."""
@@ -232,29 +281,26 @@ class KVCache(State):
 
 
 class _CacheSpan:
+    """Steps of rows that may be at different places, which only the device knows."""
+
     def __init__(self, cache: KVCache, steps: int) -> None:
         self.cache, self.steps = cache, steps
         device = cache.k.device
         self.positions = cache.length[:, None] + torch.arange(steps, device=device)
-        # whole blocks, so that a row's attention runs over the same number of slots alone and in a batch
+        # whole blocks, so that a row's attention runs over the same number of slots in any batch
         self.used = min(-(-(cache.filled + steps) // CACHE_BLOCK) * CACHE_BLOCK, cache.k.shape[3])
         self.mask: Tensor | None = _visible(self.positions, torch.arange(self.used, device=device)[None], None)
         self.index = self.positions[:, None, :, None]
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self.cache.k[layer], self.cache.v[layer]
-        index = self.index.expand_as(k)
-        keys.scatter_(2, index, k)
-        values.scatter_(2, index, v)
+        index = self.index.expand(-1, k.shape[2], -1, k.shape[3])
+        keys.scatter_(2, index, k.transpose(1, 2))
+        values.scatter_(2, index, v.transpose(1, 2))
         return keys[:, :, : self.used], values[:, :, : self.used]
 
     def close(self) -> None:
-        self.cache.length += self.steps
-        self.cache.filled += self.steps
-        cache = self.cache
-        while cache.whole is not None:
-            cache.whole.filled = max(cache.whole.filled, cache.filled)
-            cache = cache.whole
+        self.cache.advance(self.steps)
 
 
 @dataclass
@@ -278,18 +324,19 @@ class WindowCache(State):
         return _WindowSpan(self, steps)
 
 
-class _WindowSpan:
+class _WindowSpan(Slots):
     def __init__(self, cache: WindowCache, steps: int) -> None:
-        self.cache, self.steps = cache, steps
         kept = cache.k.shape[3]
+        self.cache, self.steps = cache, steps
+        self.k, self.v = (F.pad(t, (0, 0, 0, steps)) for t in (cache.k, cache.v))
+        super().__init__(self.k, self.v, kept, kept + steps)
         places = cache.length[:, None] + torch.arange(-kept, steps, device=cache.k.device)
         self.positions = places[:, kept:]
         self.mask: Tensor | None = _visible(self.positions, places, kept + 1)
 
-    def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return roll(self.cache.k[layer], k, 2), roll(self.cache.v[layer], v, 2)
-
     def close(self) -> None:
+        self.cache.k.copy_(self.k[:, :, :, self.steps :])
+        self.cache.v.copy_(self.v[:, :, :, self.steps :])
         self.cache.length += self.steps
 
 
@@ -300,6 +347,7 @@ class FrameCache(State):
     k: Tensor = by_row(1)  # [L, R, H, steps at most, D]
     v: Tensor = by_row(1)
     step: int = 0
+    _spans: dict[tuple[int, int], PlacedSpan] = field(default_factory=dict, repr=False, compare=False)  # every frame's
 
     @classmethod
     def empty(
@@ -318,7 +366,7 @@ class FrameCache(State):
         super().reset(rows)
         self.restart()
 
-    def span(self, steps: int) -> FrameSpan:
+    def span(self, steps: int) -> PlacedSpan:
         """The next `steps` steps of the frame.
 
         Raises:
@@ -326,35 +374,19 @@ class FrameCache(State):
         """
         if self.step + steps > self.k.shape[3]:
             raise CapacityError(f"a frame has {self.k.shape[3]} steps; begin the next one with restart")
-        return FrameSpan(self, self.step, steps)
+        place = (self.step, steps)
+        if place not in self._spans:
+            self._spans[place] = PlacedSpan(self, *place)
+        return self._spans[place]
 
+    def advance(self, steps: int) -> None:
+        """Count `steps` more."""
+        self.step += steps
 
-class FrameSpan:
-    """Steps whose place the host knows, so that a single one needs neither mask nor index."""
-
-    def __init__(self, cache: FrameCache, start: int, steps: int) -> None:
-        self.cache, self.start, self.steps = cache, start, steps
-        self.device = cache.k.device
-        self.mask: Tensor | None = None
-        if steps > 1:
-            self.mask = _visible(self.positions, torch.arange(start + steps, device=self.device)[None], None)
-
-    @property
-    def positions(self) -> Tensor:
-        """[1, T]."""
-        return torch.arange(self.start, self.start + self.steps, device=self.device)[None]
-
-    def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep keys and values; all of the frame so far."""
-        stop = self.start + self.steps
-        keys, values = self.cache.k[layer], self.cache.v[layer]
-        keys[:, :, self.start : stop] = k
-        values[:, :, self.start : stop] = v
-        return keys[:, :, :stop], values[:, :, :stop]
-
-    def close(self) -> None:
-        """The steps are past."""
-        self.cache.step = self.start + self.steps
+    def _map(self, change: Any) -> Self:
+        new = super()._map(change)
+        new._spans = {}  # those of this one are cut out of its own tensors
+        return new
 
 
 # ----------------------------------------------------------------------------------------- convolutions
