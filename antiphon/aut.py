@@ -178,7 +178,7 @@ class AuT(nn.Module):
         for part in used.split(CONVOLVED_AT_ONCE):
             silence = torch.arange(c.chunk_frames) >= sound[part, None]
             piece = chunks[part].masked_fill(silence[..., None].to(x.device), 0)
-            tokens[part] = self._convolve(piece.to(tokens.dtype), edge[part].to(x.device))
+            tokens[part] = self._convolve(piece.to(tokens.dtype), edge[part].to(x.device)).to(tokens.dtype)
         lengths = torch.tensor([c.tokens(int(v)) for v in valid])
         longest = int(lengths.max())
         y = tokens.unflatten(0, (-1, per_window)).flatten(1, 2)[:, :longest]

@@ -1,0 +1,174 @@
+"""Batches of lhotse cuts, mixed by weight: a pure function of (seed, step, rank).
+
+Nothing is remembered between steps, so a run goes on at step n by asking for batch n. Cuts of similar length share a
+batch; within every batch the sources keep their shares of the seconds.
+
+Shapes: B clips, N samples, T mel frames, F mel bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from antiphon.audio import Resampler, Samples, check_samples
+from antiphon.errors import InputError
+from antiphon.train.recipe import Data, Source
+
+BUCKETS = 12  # lengths that share a batch; more means less padding and less variety in a batch
+
+
+@dataclass(frozen=True)
+class Example:
+    """One cut and what is asked of it."""
+
+    cut: Any  # lhotse MonoCut
+    task: str
+
+    @property
+    def text(self) -> str:
+        """What its supervisions say."""
+        return " ".join(s.text for s in self.cut.supervisions if s.text)
+
+    @property
+    def language(self) -> str | None:
+        """Language code of the first supervision."""
+        return next((s.language for s in self.cut.supervisions), None)
+
+    def custom(self, name: str) -> Any:
+        """A field that the producer of the cuts added to the supervision, None where there is none."""
+        return next((s.custom[name] for s in self.cut.supervisions if s.custom and name in s.custom), None)
+
+
+def read_cuts(path: str | Path, root: Path | None = None) -> list[Any]:
+    """All cuts of a manifest (.jsonl or .jsonl.gz); relative audio paths are relative to the manifest's folder.
+
+    Raises:
+        InputError: there is no such manifest, or there is nothing in it.
+    """
+    from lhotse import CutSet
+
+    place = Path(path) if root is None else root / path
+    if not place.exists():
+        raise InputError(f"there is no manifest {place}; make it with antiphon corpus or antiphon prepare")
+    cuts = list(CutSet.from_jsonl_lazy(place))
+    if not cuts:
+        raise InputError(f"{place} holds no cuts")
+    return [_at(cut, place.parent) for cut in cuts]
+
+
+def _at(cut: Any, folder: Path) -> Any:
+    """The cut with its audio found from the manifest's folder."""
+    for source in cut.recording.sources if cut.has_recording else ():
+        if source.type == "file" and not Path(source.source).is_absolute():
+            source.source = str(folder / source.source)
+    return cut
+
+
+def load_samples(cut: Any, rate: int) -> Samples:
+    """Mono samples [N] of a cut at `rate`.
+
+    Raises:
+        AudioError: what was read is not finite, not mono, or empty.
+    """
+    return resample(
+        check_samples(cut.load_audio()[0], cut.sampling_rate, name=f"cut {cut.id}"), cut.sampling_rate, rate
+    )
+
+
+def resample(samples: Samples, source: int, target: int) -> Samples:
+    """Samples [N] at another rate, through the resampler that runs in streams."""
+    if source == target:
+        return samples
+    with torch.inference_mode():
+        return _resampler(source, target)(torch.from_numpy(samples)[None], final=True)[0].numpy()
+
+
+@lru_cache
+def _resampler(source: int, target: int) -> Resampler:
+    return Resampler(source, target)
+
+
+class Mix:
+    """Batches drawn from several sources; source s has a share `weight` of the seconds."""
+
+    def __init__(self, data: Data, sources: Sequence[Source], root: Path, seed: int, rank: int = 0) -> None:
+        self.data, self.seed, self.rank = data, seed, rank
+        pools = [
+            [Example(c, s.task) for c in read_cuts(s.cuts, root) if c.duration <= data.max_seconds] for s in sources
+        ]
+        for source, pool in zip(sources, pools, strict=True):
+            if not pool:
+                raise InputError(f"{source.cuts} has no cut of at most {data.max_seconds} s; raise data.max_seconds")
+        self.edges = _edges(pools, [s.weight for s in sources])
+        self.cells = [_split(pool, self.edges) for pool in pools]  # [source][bucket] -> examples
+        seconds = np.array([[sum(e.cut.duration for e in cell) for cell in row] for row in self.cells])
+        weight = np.array([s.weight for s in sources])[:, None]
+        self.share = weight * seconds / seconds.sum(1, keepdims=True)  # [source, bucket] of the seconds
+        self.share /= self.share.sum()
+
+    def draw(self, step: int) -> list[Example]:
+        """The examples of one step: about `batch_seconds` when padded to the longest."""
+        random = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, step, self.rank])))
+        bucket = _pick(self.share.sum(0), random.random())
+        count = max(1, int(self.data.batch_seconds / self.edges[bucket]))
+        shares = self.share[:, bucket]
+        places = (np.arange(count) + random.random()) / count  # evenly spread: each batch keeps the shares
+        picks = random.random(count)
+        cells = [self.cells[_pick(shares, p)][bucket] for p in places]
+        return [cell[int(p * len(cell))] for cell, p in zip(cells, picks, strict=True)]
+
+
+def _pick(shares: np.ndarray, u: float) -> int:
+    """Index into `shares` at the share `u` of their sum."""
+    total = shares.cumsum()
+    return int(np.searchsorted(total, u * total[-1], side="right").clip(0, len(shares) - 1))
+
+
+def _edges(pools: list[list[Example]], weights: list[float]) -> np.ndarray:
+    """Upper lengths of the buckets, in seconds: equal shares of what is drawn, the longest cut last."""
+    durations = np.concatenate([[e.cut.duration for e in pool] for pool in pools])
+    share = np.concatenate([np.full(len(pool), w / len(pool)) for pool, w in zip(pools, weights, strict=True)])
+    order = durations.argsort(kind="stable")
+    places = share[order].cumsum() / share.sum()
+    inner = [durations[order][np.searchsorted(places, i / BUCKETS)] for i in range(1, BUCKETS)]
+    return np.unique([*inner, durations.max()])
+
+
+def _split(pool: list[Example], edges: np.ndarray) -> list[list[Example]]:
+    """The pool by bucket."""
+    cells: list[list[Example]] = [[] for _ in edges]
+    for example in pool:
+        cells[int(np.searchsorted(edges, example.cut.duration))].append(example)
+    return cells
+
+
+def batches(examples: Sequence[Example], seconds: float) -> Iterator[list[Example]]:
+    """All examples once, by length, at most `seconds` padded: for validation and labelling."""
+    batch: list[Example] = []
+    for example in sorted(examples, key=lambda e: (e.cut.duration, e.cut.id)):
+        if batch and example.cut.duration * (len(batch) + 1) > seconds:
+            yield batch
+            batch = []
+        batch.append(example)
+    if batch:
+        yield batch
+
+
+def pad(tensors: Sequence[Tensor], value: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Tensors [n, …] of several lengths as one [B, longest, …], and their lengths [B]."""
+    lengths = torch.tensor([len(t) for t in tensors])
+    return torch.nn.utils.rnn.pad_sequence(list(tensors), batch_first=True, padding_value=value), lengths
+
+
+def listened(examples: Sequence[Example], log_mel: Callable[..., Tensor], rate: int) -> tuple[Tensor, Tensor]:
+    """Raw log-mel [B, T, F] of the examples, each computed on its own as in inference, and its frames [B]."""
+    mels = [log_mel(torch.from_numpy(load_samples(e.cut, rate))[None], final=True)[0] for e in examples]
+    return pad(mels)

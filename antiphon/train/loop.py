@@ -1,0 +1,277 @@
+"""The one training loop: every stage of every recipe runs through `train`.
+
+A stage brings modules, batches and losses; the loop brings AdamW, the learning rate, clipping, averaging, validation,
+samples, and a state on disk. Everything random in a step is a function of (seed, step, rank), so a run that was
+killed goes on from its last state to the same weights, bit for bit, on the same kind of machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from antiphon.errors import ConfigError, WeightsError
+from antiphon.files import read_metadata, read_safetensors, write_safetensors
+from antiphon.train.recipe import Optimization, Recipe
+
+AHEAD = 4  # batches prepared while the current one is used
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's memory of a parameter
+STATE = "last.safetensors"  # weights, their averages, AdamW's moments: all that a run needs to go on
+BEST = "best.safetensors"  # weights of the best validation; what later stages and the export read
+Figures = dict[str, float]
+
+
+@dataclass
+class Loss:
+    """What a player minimizes in one step, and the figures to show."""
+
+    total: Tensor
+    figures: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Stage(Protocol):
+    """One kind of training: what is trained, on what, and how well it does."""
+
+    modules: nn.ModuleDict  # all that is saved
+
+    def players(self) -> dict[str, list[str]]:
+        """Who takes a turn in each step, and the modules each one optimizes; one player unless adversaries train."""
+        ...
+
+    def batch(self, step: int) -> Any:
+        """The data of a step, prepared in a background thread: a function of the recipe's seed and `step` alone."""
+        ...
+
+    def loss(self, player: str, batch: Any, step: int) -> Loss:
+        """The loss of one player; players take turns in the order of `players`, on the same batch."""
+        ...
+
+    def validate(self) -> Figures:
+        """Figures on the validation split, the first of which decides what is best: lower is better."""
+        ...
+
+    def sample(self, folder: Path, board: Any) -> None:
+        """Sound, text and pictures for a person to judge by."""
+        ...
+
+
+def seeded(seed: int, step: int, rank: int = 0) -> None:
+    """Make everything random in a step a function of where it stands."""
+    torch.manual_seed((seed * 1_000_003 + step) * 1_000_003 + rank & (1 << 62) - 1)
+
+
+def learning_rate(plan: Optimization, step: int) -> float:
+    """Linear warm-up, then half a cosine down to `final_lr`."""
+    if step < plan.warmup:
+        return plan.lr * (step + 1) / plan.warmup
+    done = (step - plan.warmup) / max(1, plan.steps - plan.warmup)
+    return plan.final_lr + (plan.lr - plan.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def prepared(batch: Callable[[int], Any], start: int, stop: int) -> Iterator[tuple[int, Any]]:
+    """Steps and their batches, each prepared in the background a little before it is needed."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = [(step, pool.submit(batch, step)) for step in range(start, min(start + AHEAD, stop))]
+        for step in range(start, stop):
+            _, future = waiting.pop(0)
+            if step + AHEAD < stop:
+                waiting.append((step + AHEAD, pool.submit(batch, step + AHEAD)))
+            yield step, future.result()
+
+
+class Run:
+    """The state of a training: a stage's weights, their averages and AdamW's moments, in memory and on disk."""
+
+    def __init__(self, stage: Stage, recipe: Recipe, folder: Path) -> None:
+        self.stage, self.recipe, self.folder = stage, recipe, folder
+        self.step, self.best = 0, math.inf
+        self.weights = {n: p for n, p in stage.modules.named_parameters() if p.requires_grad}
+        self.players = {
+            player: {n: p for n, p in self.weights.items() if any(n == m or n.startswith(f"{m}.") for m in modules)}
+            for player, modules in stage.players().items()
+        }
+        plan = recipe.optimization
+        self.optimizers = {p: _adamw(weights, plan) for p, weights in self.players.items()}
+        self.average = {n: p.detach().clone() for n, p in self.weights.items()} if plan.average else {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the state by name."""
+        state = {f"model.{n}": t for n, t in self.stage.modules.state_dict().items()}
+        state |= {f"average.{n}": t for n, t in self.average.items()}
+        for player, weights in self.players.items():
+            memory = self.optimizers[player].state
+            state |= {f"adamw.{n}.{m}": memory[p][m] for n, p in weights.items() for m in MOMENTS if p in memory}
+        return state
+
+    def save(self) -> None:
+        """Write the state, whole or not at all."""
+        about = {"step": self.step, "best": self.best, "recipe": self.recipe.fingerprint}
+        _write(self.folder / STATE, self.tensors(), {"run": json.dumps(about)})
+
+    def restore(self) -> None:
+        """Go on where the state on disk stands, if there is one.
+
+        Raises:
+            ConfigError: it was written by another recipe.
+        """
+        path = self.folder / STATE
+        if not path.exists():
+            return
+        about = json.loads(read_metadata(path, "run"))
+        if about["recipe"] != self.recipe.fingerprint:
+            raise ConfigError(f"{self.folder} holds a run of another recipe; give --out another folder or remove it")
+        tensors = read_safetensors(path)
+        self.step, self.best = about["step"], about["best"]
+        self.stage.modules.load_state_dict({n[6:]: t for n, t in tensors.items() if n.startswith("model.")})
+        for n, average in self.average.items():
+            average.copy_(tensors[f"average.{n}"])
+        for player, weights in self.players.items():
+            memory = self.optimizers[player].state
+            for n, p in weights.items():
+                if f"adamw.{n}.step" in tensors:
+                    memory[p] = {m: tensors[f"adamw.{n}.{m}"].to(p.device if m != "step" else "cpu") for m in MOMENTS}
+
+    def advance(self, batch: Any) -> dict[str, Tensor]:
+        """One step of every player; returns the figures to show."""
+        plan, figures = self.recipe.optimization, {}
+        lr = learning_rate(plan, self.step)
+        for player, weights in self.players.items():
+            for n, p in self.weights.items():
+                p.requires_grad_(n in weights)
+            loss = self.stage.loss(player, batch, self.step)
+            loss.total.backward()
+            norm = nn.utils.clip_grad_norm_(weights.values(), plan.clip)
+            optimizer = self.optimizers[player]
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            if bool(norm.isfinite()):  # a step that overflowed would be in every later weight
+                optimizer.step()
+            optimizer.zero_grad()
+            figures |= loss.figures | {f"{player}/norm": norm}
+        for n, average in self.average.items():
+            average.lerp_(self.weights[n].detach(), 1 - min(plan.average, (1 + self.step) / (10 + self.step)))
+        self.step += 1
+        return figures
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights in place of the trained ones, in evaluation mode."""
+        kept = {n: self.weights[n].detach().clone() for n in self.average}
+        for n, average in self.average.items():
+            self.weights[n].data.copy_(average)
+        self.stage.modules.eval()
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            self.stage.modules.train()
+            for n, weight in kept.items():
+                self.weights[n].data.copy_(weight)
+
+    def judge(self) -> Figures:
+        """Validate; keep the weights if they are the best so far."""
+        with self.averaged():
+            figures = self.stage.validate()
+            score = next(iter(figures.values()), math.inf)
+            if score <= self.best:
+                self.best = score
+                about = {"step": self.step, "recipe": self.recipe.fingerprint, "figures": figures}
+                _write(self.folder / BEST, self.stage.modules.state_dict(), {"run": json.dumps(about)})
+        return figures
+
+
+def _adamw(weights: dict[str, nn.Parameter], plan: Optimization) -> torch.optim.AdamW:
+    """AdamW that decays matrices and leaves norms, biases and scales alone."""
+    matrices = [p for p in weights.values() if p.dim() > 1]
+    others = [p for p in weights.values() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": plan.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=plan.lr, betas=plan.betas, fused=True)
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """One file, on the disk before it takes its name: a kill leaves the one before."""
+    write_safetensors(path, tensors, metadata)
+    with contextlib.suppress(OSError):  # some file systems have no directories to flush
+        handle = os.open(path.parent, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def load_weights(module: nn.Module, run: Path, name: str) -> None:
+    """Fill `module` from the best weights of an earlier run, where it was called `name`.
+
+    Raises:
+        WeightsError: the run has no finished weights, or they do not fit.
+    """
+    path = run / BEST
+    if not path.exists():
+        raise WeightsError(f"{run} has no {BEST} yet; train that stage first")
+    tensors = {n.removeprefix(f"{name}."): t for n, t in read_safetensors(path).items() if n.startswith(f"{name}.")}
+    wanted = {n: tuple(t.shape) for n, t in module.state_dict().items()}
+    found = {n: tuple(t.shape) for n, t in tensors.items()}
+    if wanted != found:
+        odd = sorted(set(wanted.items()) ^ set(found.items()))[0]
+        raise WeightsError(f"{path}: {name}.{odd[0]} does not fit this recipe's sizes")
+    module.load_state_dict(tensors)
+
+
+def train(stage: Stage, recipe: Recipe, folder: Path, *, quiet: bool = False) -> Run:
+    """Train `stage` to the end of `recipe`, from the state in `folder` if there is one."""
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    torch.set_num_threads(recipe.threads)
+    folder.mkdir(parents=True, exist_ok=True)
+    run, plan = Run(stage, recipe, folder), recipe.optimization
+    run.restore()
+    board = SummaryWriter(str(folder / "board"), purge_step=run.step)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), disable=quiet) as progress:
+        bar = progress.add_task(recipe.name, total=plan.steps, completed=run.step, figures="")
+        stage.modules.train()
+        clock, shown = time.monotonic(), {}
+        for step, batch in prepared(stage.batch, run.step, plan.steps):
+            seeded(recipe.seed, step)
+            figures = run.advance(batch)
+            last = run.step == plan.steps
+            if run.step % plan.log_every == 0 or last:
+                shown = {k: float(v) for k, v in figures.items()} | {"lr": learning_rate(plan, step)}
+                shown["steps/s"] = plan.log_every / (time.monotonic() - clock)
+                clock = time.monotonic()
+                _log(board, folder, run.step, shown)
+            if run.step % plan.validate_every == 0 or last:
+                figures = {f"val/{k}": v for k, v in run.judge().items()}
+                _log(board, folder, run.step, figures)
+                shown |= figures
+            if run.step % plan.sample_every == 0 or last:
+                with run.averaged():
+                    stage.sample(folder / "samples" / f"{run.step:06d}", board)
+            if run.step % plan.save_every == 0 or last:
+                run.save()
+            progress.update(bar, completed=run.step, figures=_brief(shown))
+    board.close()
+    return run
+
+
+def _log(board: Any, folder: Path, step: int, figures: Figures) -> None:
+    for name, value in figures.items():
+        board.add_scalar(name, value, step)
+    with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, **{k: round(v, 5) for k, v in figures.items()}}) + "\n")
+
+
+def _brief(figures: Figures) -> str:
+    """The first few figures in one line."""
+    return "  ".join(f"{k} {v:.3g}" for k, v in itertools.islice(figures.items(), 5))

@@ -1,0 +1,164 @@
+"""Recipes: one YAML file per training run, read into frozen dataclasses; a wrong key is an error that names it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from antiphon.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """How the weights move, and how often they are looked at."""
+
+    steps: int
+    lr: float
+    warmup: int = 200
+    final_lr: float = 0.0
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: float = 1.0  # largest norm of the gradient
+    average: float = 0.0  # decay of the averaged weights that are validated and kept; 0 keeps the last
+    dtype: str = "auto"  # of the matrix products: auto is bfloat16 where the hardware has it
+    log_every: int = 20
+    validate_every: int = 500
+    sample_every: int = 1000
+    save_every: int = 200
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.log_every, self.validate_every, self.sample_every, self.save_every) < 1:
+            raise ConfigError("optimization: steps and the *_every intervals must be 1 or more")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ConfigError(f"optimization.dtype is {self.dtype!r}; expected auto, float32 or bfloat16")
+        if self.lr <= 0 or not 0 <= self.average < 1:
+            raise ConfigError("optimization: lr must be above 0, average from 0 to below 1")
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The context in which losses are computed."""
+        wanted = self.dtype == "bfloat16" or (self.dtype == "auto" and fast_bfloat16(device))
+        return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products are faster than float32 ones: on GPUs, and on CPUs with instructions for them."""
+    if device.type != "cpu":
+        return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@dataclass(frozen=True)
+class Source:
+    """One line of a mix: lhotse cuts, their share of the seconds, and what is asked of them."""
+
+    cuts: str
+    weight: float = 1.0
+    task: str = "transcribe"
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a stage is trained on and validated on."""
+
+    mix: tuple[Source, ...]
+    validation: tuple[Source, ...] = ()
+    batch_seconds: float = 60.0
+    max_seconds: float = 30.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run."""
+
+    name: str
+    stage: str
+    data: Data
+    optimization: Optimization = Optimization(1, 1.0)  # the tokenizer needs none
+    model: str = "model.json"  # config.json of the whole model, beside the recipe
+    options: dict[str, Any] = field(default_factory=dict)  # what only this stage knows
+    init: dict[str, str] = field(default_factory=dict)  # module -> run it starts from
+    freeze: tuple[str, ...] = ()  # modules that do not move
+    seed: int = 0
+    threads: int = 1
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with everything that changes the weights."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a YAML file; its name is the file's.
+
+    Raises:
+        ConfigError: not there, not YAML, or a key that is unknown, missing or of the wrong kind.
+    """
+    return read_fields(Recipe, {"name": path.stem, **read_yaml_table(path)}, path.name)
+
+
+def read_yaml_table(path: Path) -> dict[str, Any]:
+    """The table in a YAML file.
+
+    Raises:
+        ConfigError: not there, not YAML, or no table.
+    """
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ConfigError(f"there is no recipe {path}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} is not a recipe; expected a table of settings")
+    return value
+
+
+def read_fields(kind: Any, value: Any, where: str) -> Any:
+    """`value` as the dataclass `kind`, its fields checked one by one.
+
+    Raises:
+        ConfigError: a key that is unknown, missing or of the wrong kind.
+    """
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where} should be a table of {', '.join(f.name for f in dataclasses.fields(kind))}")
+    hints, known = typing.get_type_hints(kind), {f.name: f for f in dataclasses.fields(kind)}
+    for name in value:
+        if name not in known:
+            raise ConfigError(f"{where} has no setting {name!r}; it has {', '.join(known)}")
+    for name, f in known.items():
+        if name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where}.{name} is missing")
+    return kind(**{name: _typed(hints[name], part, f"{where}.{name}") for name, part in value.items()})
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return read_fields(hint, value, where)
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ConfigError(f"{where} should be a list")
+        kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
+        if len(kinds) != len(value):
+            raise ConfigError(f"{where} should have {len(kinds)} values")
+        return tuple(_typed(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+        try:
+            return float(value)
+        except ValueError:
+            raise ConfigError(f"{where} is {value!r}; expected a number") from None
+    wanted = origin or hint
+    if wanted is not Any and (not isinstance(value, wanted) or (wanted is int and isinstance(value, bool))):
+        raise ConfigError(f"{where} is {value!r}; expected {wanted.__name__}")
+    return value

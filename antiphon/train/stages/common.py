@@ -1,0 +1,79 @@
+"""What every stage is given: its recipe, where things are, and the configuration of the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from antiphon.config import OmniConfig, read_config
+from antiphon.errors import ConfigError
+from antiphon.tokenizer import Tokenizer
+from antiphon.train.data import Mix
+from antiphon.train.loop import load_weights
+from antiphon.train.recipe import Recipe, Source
+
+TOKENIZER = "tokenizer"  # the run that every other stage takes its tokenizer and its config.json from
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A recipe in its place."""
+
+    recipe: Recipe
+    cuts: Path  # folder that manifests are named from
+    runs: Path  # folder of all runs; `init` names them
+    device: torch.device
+
+    @cached_property
+    def config(self) -> OmniConfig:
+        """Configuration of the whole model."""
+        return read_config(self.run_of(TOKENIZER))
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of an earlier run."""
+        return Tokenizer.from_folder(self.run_of(TOKENIZER), self.config)
+
+    def run_of(self, name: str) -> Path:
+        """Folder of an earlier run.
+
+        Raises:
+            ConfigError: it has not been trained.
+        """
+        folder = self.runs / name
+        if not folder.is_dir():
+            raise ConfigError(f"{self.recipe.name} needs the run {name!r} in {self.runs}; train {name} first")
+        return folder
+
+    def mix(self) -> Mix:
+        """The training data."""
+        return Mix(self.recipe.data, self.recipe.data.mix, self.cuts, self.recipe.seed)
+
+    def prepare(self, modules: nn.ModuleDict) -> nn.ModuleDict:
+        """The modules on the device, begun from earlier runs and frozen as the recipe says.
+
+        Raises:
+            ConfigError: `init` or `freeze` name what this stage does not have.
+        """
+        for name, run in self.recipe.init.items():
+            load_weights(self._module(modules, name), self.run_of(run), name)
+        for name in self.recipe.freeze:
+            self._module(modules, name).requires_grad_(False)
+        return modules.to(self.device)
+
+    def _module(self, modules: nn.ModuleDict, name: str) -> nn.Module:
+        try:
+            return modules.get_submodule(name)
+        except AttributeError:
+            known = ", ".join(modules)
+            raise ConfigError(f"{self.recipe.name}: there is no module {name!r}; this stage has {known}") from None
+
+
+def manifests(sources: Sequence[Source]) -> list[str]:
+    """File names of sources, without folders and endings, for the names of figures."""
+    return [Path(s.cuts).name.split(".")[0] for s in sources]
