@@ -21,8 +21,9 @@ from rich.table import Table
 from antiphon.audio import pcm16, read_audio, write_audio
 from antiphon.config import OmniConfig, read_config
 from antiphon.errors import AntiphonError, InputError
-from antiphon.evaluate.parity import Case, default_case, ensure_tokenizer, verify
-from antiphon.evaluate.parity import trace as trace_stages
+from antiphon.evaluate.parity import Difference, verify
+from antiphon.evaluate.stages import Case, default_case, ensure_tokenizer
+from antiphon.evaluate.stages import trace as trace_stages
 from antiphon.files import write_safetensors
 from antiphon.generate import AudioDelta, Done, Event, Omni, Options, Reply, TextDelta, load
 from antiphon.weights import find_checkpoint, released_names
@@ -195,32 +196,41 @@ def verify_command(
     dtype: DtypeOption = Dtype.auto,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare every stage with the installed transformers, or with a golden file; exit 1 if one differs."""
+    """Compare every stage with the installed transformers, or with a golden file; exit 1 if one differs.
+
+    Antiphon is fed the ids, codes and experts that the other chose. Where it would have chosen another, the lead of its
+    candidate's score over the other's is compared, so that rounding at a tie is no difference.
+    """
     folder = find_checkpoint(model)
     case = default_case() if audio is None else Case([[read_audio(audio), prompt]])
     case = replace(case, voice=voice, max_text_tokens=max_text_tokens, max_frames=max_frames)
-    with say.status("computing every stage twice: Antiphon, then transformers"):
+    with say.status("computing every stage twice: transformers, then Antiphon"):
         rows, _, used = verify(folder, case, dtype=dtype.torch, device=device, golden=golden, write_golden=write_golden)
-    agrees = all(row.agrees for row in rows)
+    agrees, type_name = all(row.agrees for row in rows), str(used).removeprefix("torch.")
     if as_json:
         stages = [{**vars(row), "agrees": row.agrees} for row in rows]
-        print(json.dumps({"agrees": agrees, "dtype": str(used).removeprefix("torch."), "stages": stages}, indent=2))
+        print(json.dumps({"agrees": agrees, "dtype": type_name, "stages": stages}, indent=2))
     else:
         against = f"golden file {golden}" if golden else f"transformers {_transformers_version()}"
-        table = Table(
-            "stage", "shape", "largest difference", "tolerance", "", title=f"{model}: Antiphon against {against}"
-        )
+        title = f"{model}: Antiphon against {against}, along its ids, codes and experts, in {type_name}"
+        table = Table("stage", "shape", "largest difference", "tolerance", "", title=title)
         for row in rows:
-            gap = "identical" if row.difference == 0 else f"{row.difference:.1e}"
             bound = f"{row.tolerance:.0e}" if row.tolerance else "identical"
             table.add_row(
-                row.stage, str(list(row.shape)), row.note or gap, bound, "ok" if row.agrees else "[red]DIFFERS[/]"
+                row.stage, str(list(row.shape)), _found(row), bound, "ok" if row.agrees else "[red]DIFFERS[/]"
             )
         Console(highlight=False).print(table)
     if not agrees:
         first = next(row.stage for row in rows if not row.agrees)
         say.print(f"[bold red]disagreement[/], first in {first}")
         raise typer.Exit(1)
+
+
+def _found(row: Difference) -> str:
+    """What was found in one stage."""
+    if row.parted:
+        return f"{row.difference:.1e} ({row.parted} of {row.choices} chosen otherwise)"
+    return row.note or ("identical" if row.difference == 0 else f"{row.difference:.1e}")
 
 
 @app.command()

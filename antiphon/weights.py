@@ -169,6 +169,20 @@ def allocate(model: Model, device: torch.device | str, dtype: torch.dtype) -> Mo
         raise InputError(f"the model cannot be made with device {device} and dtype {dtype}: {reason}") from None
 
 
+def open_checkpoint(kind: type[Model], folder: Path) -> tuple[Model, dict[Path, dict[str, Entry]], torch.dtype]:
+    """A checkpoint before its values are read: the model on the meta device, the tensors by file, and their type.
+
+    Raises:
+        ConfigError, WeightsError: the checkpoint is incomplete, damaged, or of another kind of model.
+    """
+    config = read_config(folder)
+    files = shards(folder)
+    with torch.device("meta"):
+        model = kind(config, find_tokenizer(folder, config))
+    compare(dict(released_tensors(model)), files)
+    return model, files, next((e.dtype for entries in files.values() for e in entries.values()), torch.float32)
+
+
 def load_checkpoint(
     kind: type[Model],
     name_or_path: str | Path,
@@ -183,13 +197,7 @@ def load_checkpoint(
     Raises:
         ConfigError, WeightsError: the checkpoint is incomplete, damaged, or of another kind of model.
     """
-    folder = find_checkpoint(name_or_path)
-    config = read_config(folder)
-    files = shards(folder)
-    stored = next((e.dtype for entries in files.values() for e in entries.values()), torch.float32)
-    with torch.device("meta"):
-        model = kind(config, find_tokenizer(folder, config))
-    compare(dict(released_tensors(model)), files)  # before memory is asked for
+    model, files, stored = open_checkpoint(kind, find_checkpoint(name_or_path))  # before memory is asked for
     model = allocate(model, device, dtype or stored)
     wanted = dict(released_tensors(model))
     done, total = 0, sum(e.stop - e.start for entries in files.values() for e in entries.values())

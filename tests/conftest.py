@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from antiphon.evaluate.parity import Difference, load_reference
+from antiphon.evaluate.parity import Difference
+from antiphon.evaluate.reference import load_reference
 from antiphon.generate import Omni, load
 from tests.shapes import write_shape
 

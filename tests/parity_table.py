@@ -7,13 +7,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from antiphon.evaluate.parity import STAGES, verify
+from antiphon.evaluate.parity import verify
+from antiphon.evaluate.stages import COMPARED
 from tests.shapes import SHAPES, write_shape
 
 
 def main() -> int:
     """Print a row per checkpoint: the largest difference of each stage; 1 if any disagrees."""
-    print(f"| checkpoint | {' | '.join(STAGES)} |\n|---{'|---' * len(STAGES)}|", flush=True)
+    print(f"| checkpoint | {' | '.join(COMPARED)} |\n|---{'|---' * len(COMPARED)}|", flush=True)
     agrees = True
     for name in SHAPES:
         with tempfile.TemporaryDirectory() as folder:
@@ -21,7 +22,7 @@ def main() -> int:
         agrees = agrees and all(row.agrees for row in rows)
         cells = {row.stage: "=" if row.difference == 0 else f"{row.difference:.0e}" for row in rows}
         cells |= {row.stage: f"**{row.difference:.0e}** {row.note}" for row in rows if not row.agrees}
-        print(f"| {name} | {' | '.join(cells.get(stage, 'missing') for stage in STAGES)} |", flush=True)
+        print(f"| {name} | {' | '.join(cells.get(stage, 'missing') for stage in COMPARED)} |", flush=True)
     return 0 if agrees else 1
 
 

@@ -12,8 +12,8 @@ import typer
 
 from antiphon import cli
 from antiphon.audio import write_audio
-from antiphon.evaluate.parity import STAGES
-from antiphon.files import read_safetensors
+from antiphon.evaluate.stages import STAGES
+from antiphon.files import read_metadata, read_safetensors, write_safetensors
 from tests.shapes import write_shape
 
 
@@ -68,7 +68,15 @@ def test_verify_agrees_and_says_where_it_does_not(monkeypatch, capsys, checkpoin
     assert run(monkeypatch, "verify", checkpoint, "--max-frames", 3, "--golden", golden, "--json") == 0
     assert json.loads(capsys.readouterr().out)["agrees"] is True
     assert run(monkeypatch, "verify", checkpoint, "--max-frames", 2, "--golden", golden) == 1
-    assert "disagreement" in capsys.readouterr().err
+    assert "max_frames: 3, and now it is 2" in capsys.readouterr().err
+    stages, case = read_safetensors(golden), {name: read_metadata(golden, name) for name in ("case", "dtype")}
+    stages["codes"][1, 2] = (stages["codes"][1, 2] + 1) % 64
+    write_safetensors(golden, stages, case)
+    assert run(monkeypatch, "verify", checkpoint, "--max-frames", 3, "--golden", golden) == 1
+    out, err = capsys.readouterr()
+    assert "DIFFERS" in out
+    assert "of 12" in out  # codes chosen otherwise
+    assert "disagreement" in err
 
 
 def test_talk_and_transcribe(monkeypatch, capsys, checkpoint, question, tmp_path):

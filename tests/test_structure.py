@@ -116,7 +116,7 @@ def test_the_order_is_the_one_of_the_design():
 
 
 def test_heavy_packages_are_imported_where_they_are_needed_and_nowhere_else():
-    """transformers is the oracle of `antiphon verify`: inside functions of evaluate/parity.py."""
+    """transformers is the oracle of `antiphon verify`: inside functions of evaluate/reference.py."""
     found = {}
     for path in FILES:
         module = tree(path)
@@ -126,7 +126,7 @@ def test_heavy_packages_are_imported_where_they_are_needed_and_nowhere_else():
             package = name.split(".")[0]
             if package in TOO_HEAVY:
                 found.setdefault(package, set()).add(place(path))
-                assert (package, path.name) == ("transformers", "parity.py"), f"{path.name}:{line} imports {name}"
+                assert (package, path.name) == ("transformers", "reference.py"), f"{path.name}:{line} imports {name}"
                 assert line in inside, f"{path.name}:{line} imports transformers for everyone who imports it"
     assert found == {"transformers": {"evaluate/"}}
 

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from antiphon.config import read_config
 from antiphon.errors import AntiphonError, ConfigError, InputError, WeightsError
-from antiphon.evaluate.parity import load_reference, verify
+from antiphon.evaluate.parity import verify
+from antiphon.evaluate.reference import load_reference
 from antiphon.files import read_metadata, read_safetensors, write_safetensors
 from antiphon.generate import Omni, load
 from antiphon.weights import INDEX, SINGLE, released_names, released_tensors, save_checkpoint
