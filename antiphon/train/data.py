@@ -73,13 +73,13 @@ def _at(cut: Any, folder: Path) -> Any:
 
 
 def load_samples(cut: Any, rate: int) -> Samples:
-    """Mono samples [N] of a cut at `rate`.
+    """Mono samples [N] of a cut at `rate`; channels are averaged.
 
     Raises:
-        AudioError: what was read is not finite, not mono, or empty.
+        AudioError: what was read is not finite, or empty.
     """
     return resample(
-        check_samples(cut.load_audio()[0], cut.sampling_rate, name=f"cut {cut.id}"), cut.sampling_rate, rate
+        check_samples(cut.load_audio().mean(0), cut.sampling_rate, name=f"cut {cut.id}"), cut.sampling_rate, rate
     )
 
 
