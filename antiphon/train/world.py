@@ -4,9 +4,11 @@ A language is one file in `languages/`: lists of words (most of them named from 
 slots that the lists fill, which templates are held out, and how words are read where the speech engine cannot know.
 Words are separated by spaces in these files, also in languages that are written without.
 
-Splits are kept apart by construction: a hash of the text says whether a filling belongs to training or to the tests.
+Splits are kept apart by construction: a hash of the text says whether a filling belongs to training, validation or
+tests.
 
     train     templates of training, fillings of training
+    valid     templates of training, fillings of validation
     sentence  templates of training, fillings of the tests
     template  templates that training never uses, fillings of the tests
 """
@@ -33,11 +35,12 @@ from num2words import num2words
 from antiphon.errors import InputError
 
 T = TypeVar("T")
-Split = Literal["train", "sentence", "template"]
-SPLITS: tuple[Split, ...] = ("train", "sentence", "template")
-TEST_SHARE = 8  # one filling in eight belongs to the tests
+Split = Literal["train", "valid", "sentence", "template"]
+SPLITS: tuple[Split, ...] = ("train", "valid", "sentence", "template")
+SHARES = 16  # of the fillings two belong to the tests and one to validation
 TRIES = 200  # this often in a row nothing new: the templates are exhausted and texts may repeat
 FOLDER = Path(__file__).parent
+SHARE: dict[Split, str] = {"train": "train", "valid": "valid", "sentence": "test", "template": "test"}
 SLOT = re.compile(r"\{([a-z_]+)(\d?)\}")
 
 
@@ -123,7 +126,7 @@ def sentences(language: str, split: Split, count: int, seed: int) -> list[Senten
         name = draw.choose(names)
         line = fill(world.templates[name], world.lists, draw)
         text = write(line.split(), language)
-        if in_tests(text) == (split == "train"):
+        if share_of(text) != SHARE[split]:
             continue
         missed = missed + 1 if text in found else 0
         if missed == 0:
@@ -189,9 +192,15 @@ def draws(key: str) -> Iterator[Draw]:
     return (Draw(f"{key}/{i}") for i in itertools.count())
 
 
+def share_of(text: str) -> str:
+    """Who a text belongs to, train, valid or test, whatever template, seed or count it came from."""
+    number = int.from_bytes(hashlib.sha256(text.casefold().encode()).digest()[:8]) % SHARES
+    return {0: "test", 8: "test", 1: "valid"}.get(number, "train")
+
+
 def in_tests(text: str) -> bool:
-    """Whether a text belongs to the tests, whatever template, seed or count it came from."""
-    return int.from_bytes(hashlib.sha256(text.casefold().encode()).digest()[:8]) % TEST_SHARE == 0
+    """Whether a text belongs to the tests."""
+    return share_of(text) == "test"
 
 
 def fill(template: str, lists: Mapping[str, Sequence[str]], draw: Draw) -> str:
