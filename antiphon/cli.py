@@ -26,7 +26,7 @@ from antiphon.evaluate.stages import Case, default_case, ensure_tokenizer
 from antiphon.evaluate.stages import trace as trace_stages
 from antiphon.files import write_safetensors
 from antiphon.generate import AudioDelta, Done, Event, Omni, Options, Reply, TextDelta, load
-from antiphon.weights import find_checkpoint, released_names
+from antiphon.weights import find_checkpoint, outline, released_names
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -102,8 +102,7 @@ def info(model: Model, as_json: JsonOption = False) -> None:
 
 def describe(config: OmniConfig) -> dict[str, Any]:
     """What `antiphon info --json` prints."""
-    with torch.device("meta"):
-        model = Omni(config)
+    model = outline(Omni, config)
     names = released_names(model)
     audio, wave, text, talker = config.audio, config.code2wav, config.text, config.talker
     what = {

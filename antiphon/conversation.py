@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from antiphon.audio import MAX_SECONDS, Resampler, Samples, check_samples
-from antiphon.errors import AntiphonError, AudioError, InputError
+from antiphon.errors import AudioError, InputError
 from antiphon.files import read_metadata, read_safetensors, write_safetensors
 from antiphon.messages import parts_of, read_part, text_of, tool_call
 from antiphon.model import Boxes
@@ -392,10 +392,7 @@ class Conversation:
         facts["answer"] = self.answer and asdict(self.answer)
         facts["writer"] = self.writer.pending
         facts["ear"] = self.ear and {"rate": self.ear.rate, "samples": self.ear.samples}
-        try:
-            write_safetensors(Path(path), tensors, {"session": json.dumps(facts)})
-        except OSError as error:
-            raise AntiphonError(f"{path} cannot be written: {error.strerror}") from None
+        write_safetensors(Path(path), tensors, {"session": json.dumps(facts)})
 
     @classmethod
     def load(cls, model: Boxes, path: str | Path) -> Self:

@@ -100,7 +100,11 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write one safetensors file, tensor by tensor, and put it in place only when it is whole."""
+    """Write one safetensors file, tensor by tensor, and put it in place only when it is whole.
+
+    Raises:
+        WeightsError: the file cannot be written.
+    """
     table: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     names, offset = {dtype: name for name, dtype in DTYPES.items()}, 0
     for name, tensor in tensors.items():
@@ -109,13 +113,23 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
         offset = stop
     header = json.dumps(table).encode()
     header += b" " * (-len(header) % 8)
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(struct.pack("<Q", len(header)) + header)
-        for tensor in tensors.values():
-            if tensor.numel():
-                file.write(_bytes(tensor.detach().cpu().contiguous()))
-    os.replace(part, path)
+    target = path.resolve()  # a link stays and what it points to is replaced
+    special = target.exists() and not target.is_file()  # a device or a pipe is written into
+    part = target if special else target.with_name(target.name + ".part")
+    try:
+        with part.open("wb") as file:
+            file.write(struct.pack("<Q", len(header)) + header)
+            for tensor in tensors.values():
+                if tensor.numel():
+                    file.write(_bytes(tensor.detach().cpu().contiguous()))
+        if not special:
+            os.replace(part, target)
+    except OSError as error:
+        if not special:
+            part.unlink(missing_ok=True)
+        raise WeightsError(
+            f"{path} cannot be written ({error.strerror}); check the folder and the free space"
+        ) from None
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -148,9 +149,15 @@ def build(
     kind: type[Model], config: OmniConfig, tokenizer: Tokenizer | None, device: torch.device | str, dtype: torch.dtype
 ) -> Model:
     """A model with memory but no values yet: it is made on the meta device and allocated once, in its final type."""
-    with torch.device("meta"):
-        model = kind(config, tokenizer)
-    return allocate(model, device, dtype)
+    return allocate(outline(kind, config, tokenizer), device, dtype)
+
+
+def outline(kind: type[Model], config: OmniConfig, tokenizer: Tokenizer | None = None) -> Model:
+    """A model on the meta device: names, shapes and no memory."""
+    with torch.device("meta"), warnings.catch_warnings():
+        # a shared expert of width 0 has tensors without elements on disk, and so it has here
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        return kind(config, tokenizer)
 
 
 def allocate(model: Model, device: torch.device | str, dtype: torch.dtype) -> Model:
@@ -177,8 +184,7 @@ def open_checkpoint(kind: type[Model], folder: Path) -> tuple[Model, dict[Path, 
     """
     config = read_config(folder)
     files = shards(folder)
-    with torch.device("meta"):
-        model = kind(config, find_tokenizer(folder, config))
+    model = outline(kind, config, find_tokenizer(folder, config))
     compare(dict(released_tensors(model)), files)
     return model, files, next((e.dtype for entries in files.values() for e in entries.values()), torch.float32)
 
@@ -233,11 +239,7 @@ def save_checkpoint(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AntiphonError(f"{folder} cannot be written: {error.strerror}") from None
-    groups: list[dict[str, Tensor]] = [{}]
-    for name, tensor in released_tensors(model):
-        if groups[-1] and sum(t.nbytes for t in groups[-1].values()) + tensor.nbytes > shard_bytes:
-            groups.append({})
-        groups[-1][name] = tensor
+    groups = _groups(dict(released_tensors(model)), shard_bytes)
     names = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
     for name, tensors in zip(names, groups, strict=True):
         write_safetensors(folder / name, tensors)
@@ -245,11 +247,35 @@ def save_checkpoint(
         "metadata": {"total_size": sum(t.nbytes for g in groups for t in g.values())},
         "weight_map": {tensor: name for name, group in zip(names, groups, strict=True) for tensor in group},
     }
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    (folder / "config.json").write_text(json.dumps(dict(model.config.raw), indent=2) + "\n", encoding="utf-8")
+    for name, data in ((INDEX, index), ("config.json", _typed(model.config.raw, model.dtype))):
+        (folder / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     for name in COMPANIONS if companions is not None else ():
         if (source := Path(companions or "") / name).exists():
             shutil.copy2(source, folder / name)
+
+
+def _groups(tensors: dict[str, Tensor], most: int) -> list[dict[str, Tensor]]:
+    """`tensors` in order, in groups of at most `most` bytes (or of one tensor)."""
+    groups: list[dict[str, Tensor]] = []
+    room = 0
+    for name, tensor in tensors.items():
+        if not groups or tensor.nbytes > room:
+            groups.append({})
+            room = most
+        groups[-1][name] = tensor
+        room -= tensor.nbytes
+    return groups
+
+
+def _typed(section: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """A config.json that names `dtype` wherever it named a type, in either spelling."""
+    name, typed = str(dtype).removeprefix("torch."), dict(section)
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            typed[key] = _typed(value, dtype)
+        elif key in ("dtype", "torch_dtype") and value is not None:
+            typed[key] = name
+    return typed
 
 
 # ------------------------------------------------------------------------------------------------ codec

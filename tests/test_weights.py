@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,13 +22,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from antiphon.cli import describe
 from antiphon.config import read_config
 from antiphon.errors import AntiphonError, ConfigError, InputError, WeightsError
 from antiphon.evaluate.parity import verify
 from antiphon.evaluate.reference import load_reference
 from antiphon.files import read_metadata, read_safetensors, write_safetensors
 from antiphon.generate import Omni, load
-from antiphon.weights import INDEX, SINGLE, released_names, released_tensors, save_checkpoint
+from antiphon.weights import INDEX, SINGLE, _groups, released_names, released_tensors, save_checkpoint
 from tests.shapes import SHAPES, write_shape
 
 Checkpoints = Callable[[str], Path]
@@ -170,6 +172,48 @@ def test_bfloat16_in_and_out(checkpoint: Checkpoints, tmp_path: Path) -> None:
     assert_same_tensors(*({n: t for n, t in s.items() if ".visual." not in n} for s in (theirs, ours)))
 
 
+@pytest.mark.parametrize("spelling", ["dtype", "torch_dtype"])
+def test_the_config_names_the_type_that_was_written(spelling: str, folder: Path, tmp_path: Path) -> None:
+    def respell(config: dict[str, Any]) -> None:
+        config[spelling] = config.pop("dtype")
+        config["thinker_config"]["text_config"][spelling] = "float32"
+        config["code2wav_config"]["dtype"] = None  # as transformers leaves it in most sections
+        config["talker_config"].pop("dtype", None)
+
+    edit_json(folder / "config.json", respell)
+    save_checkpoint(load(folder, dtype=torch.bfloat16), tmp_path / "b", companions=folder)
+    before, after = (json.loads((f / "config.json").read_text()) for f in (folder, tmp_path / "b"))
+    assert before[spelling] == "float32"
+    assert after[spelling] == after["thinker_config"]["text_config"][spelling] == "bfloat16"
+    after[spelling] = after["thinker_config"]["text_config"][spelling] = "float32"
+    assert after == before  # and nothing else is another
+    assert load_reference(tmp_path / "b", "auto").dtype == torch.bfloat16  # type: ignore[arg-type]
+
+
+def test_shards_are_filled_in_one_pass() -> None:
+    """The time to write 27,659 tensors grows with their number and not with its square."""
+    looks = [0]
+
+    class Counted:
+        nbytes = property(lambda self: looks.__setitem__(0, looks[0] + 1) or 10)
+
+    tensors: Any = {str(i): Counted() for i in range(1000)}
+    groups = _groups(tensors, 95)
+    assert [len(group) for group in groups] == [9] * 111 + [1]
+    assert {name for group in groups for name in group} == set(tensors)
+    assert looks[0] <= 3 * len(tensors)
+
+
+def test_a_folder_that_cannot_be_written(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    model = load(checkpoint("mixed"))
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "full" / "model-00001-of-00001.safetensors").mkdir(parents=True)
+    for target in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "full"):
+        with pytest.raises(AntiphonError, match=re.escape(str(target)) + ".* cannot be written"):
+            save_checkpoint(model, target)
+    assert not list(tmp_path.rglob("*.part"))
+
+
 def release_spelling(config: dict[str, Any]) -> None:
     """The same numbers as the release spells them, without what only transformers 5 writes."""
     sections = [config["thinker_config"]["text_config"], config["code2wav_config"]]
@@ -221,6 +265,23 @@ def test_tied_embeddings_are_on_disk_once(checkpoint: Checkpoints, tmp_path: Pat
     with torch.no_grad():
         model.thinker.model.embed_tokens.weight[3] = 7
     assert bool((model.thinker.lm_head.weight[3] == 7).all())  # one tensor, not a copy
+
+
+def test_a_shared_expert_of_width_zero_is_none(checkpoint: Checkpoints) -> None:
+    """On disk it has tensors without elements, and a gate that weighs nothing; in the sound it has no part."""
+    held = on_disk(checkpoint("routed"))
+    name = "talker.model.layers.0.mlp.shared_expert"
+    assert held[f"{name}.up_proj.weight"].shape[0] == held[f"{name}.down_proj.weight"].shape[1] == 0
+    assert held[f"{name}_gate.weight"].numel() > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns where it initialises such a tensor
+        model = load(checkpoint("routed"))
+        assert describe(model.config)["tensors"] == len(held)
+    said = say(model)
+    for path, tensor in released_tensors(model):
+        if path.endswith("shared_expert_gate.weight"):
+            tensor.normal_(generator=torch.Generator().manual_seed(1))
+    assert say(model) == said
 
 
 def test_progress_counts_bytes(folder: Path) -> None:
@@ -282,7 +343,8 @@ def test_verify_without_talker(folder: Path) -> None:
     drop_speech(folder, "absent")
     rows, ours, _ = verify(folder)
     assert all(row.agrees for row in rows)
-    stages = ["mel", "audio_features", "prompt_ids", "thinker_hidden", "thinker_logits", "text_ids"]
+    stages = ["mel", "audio_features", "prompt_ids", "thinker_hidden", "thinker_logits"]
+    stages += ["thinker_experts", "text_ids"]
     assert [row.stage for row in rows] == stages == list(ours)
 
 
@@ -552,12 +614,6 @@ def test_a_download_that_fails(error: Exception, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(WeightsError, match=r"^Qwen/Some-Omni is no folder here and could not be downloaded: .+$"):
         load("Qwen/Some-Omni")
-
-
-def test_a_folder_that_cannot_be_written(checkpoint: Checkpoints, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(AntiphonError, match="cannot be written"):
-        save_checkpoint(load(checkpoint("mixed")), tmp_path / "file" / "inside")
 
 
 # ----------------------------------------------------------------------------------- safetensors themselves

@@ -23,7 +23,7 @@ and what a comparison needs besides (K routed layers, k experts per token):
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -38,7 +38,7 @@ from antiphon.audio import LogMel, Resampler, Samples, check_samples, normalize
 from antiphon.config import MelConfig, OmniConfig
 from antiphon.errors import InputError
 from antiphon.generate import Omni, Options, Session, collect
-from antiphon.layers import Router
+from antiphon.layers import SparseMLP
 from antiphon.sampling import GREEDY, THINKER_CODEBOOK, NoiseKey, Sampling, choose
 from antiphon.tokenizer import Tokenizer, TurnWriter, byte_tokenizer
 
@@ -201,10 +201,10 @@ class Follower:
         with ExitStack() as stack:
             stack.enter_context(patch.object(antiphon.generate, "choose", self._choose))
             for stage, body in bodies.items():
-                routers = [module for module in body.modules() if isinstance(module, Router)]
-                for layer, router in enumerate(routers):
-                    hook = router.register_forward_hook(partial(self._route, stage, layer))
-                    stack.callback(hook.remove)
+                sparse = [module for module in body.modules() if isinstance(module, SparseMLP)]
+                for layer, mlp in enumerate(sparse):
+                    stack.callback(mlp.register_module, "gate", mlp.gate)
+                    mlp.register_module("gate", _LedRouter(mlp.gate, partial(self._route, stage, layer)))
             yield
 
     def stages(self) -> dict[str, Tensor]:
@@ -245,8 +245,8 @@ class Follower:
             return torch.tensor([self.speech_end])
         return codes[frame, noise.codebook, None]
 
-    def _route(self, stage: str, layer: int, module: nn.Module, args: object, probability: Tensor) -> Tensor:
-        """Hook of a Router: probabilities [N, E] that are zero but at the reference's experts."""
+    def _route(self, stage: str, layer: int, probability: Tensor) -> Tensor:
+        """A router's probabilities [N, E], zero but at the reference's experts."""
         taken = self.routes[stage, layer]
         start = sum(map(len, taken))
         theirs = self.reference[stage][layer, start : start + len(probability)].to(probability.device)
@@ -256,6 +256,18 @@ class Follower:
         self.choices[stage].add(parted, gap / own.values[:, 0])
         taken.append(theirs)
         return torch.zeros_like(probability).scatter(1, theirs, probability.gather(1, theirs))
+
+
+class _LedRouter(nn.Module):
+    """Stands in a router's place."""
+
+    def __init__(self, router: nn.Module, route: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.router, self.route = router, route
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, W] -> probabilities [N, E], of which those that `route` leaves are the largest."""
+        return self.route(self.router(x))
 
 
 def _stage(noise: NoiseKey) -> str:
