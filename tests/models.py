@@ -5,10 +5,7 @@ scales are not, and the last convolution is scaled so that sound has an rms of 0
 saturating values would prove nothing (`test_generate.py` asserts it).
 """
 
-import atexit
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +23,7 @@ from antiphon.generate import Omni, Session, Thought
 from antiphon.layers import LayerScale, RMSNorm
 from antiphon.tokenizer import Tokenizer
 from antiphon.weights import build, save_checkpoint
-from tests.tiny_tokenizer import write_tokenizer
+from tests.tiny_tokenizer import tiny_backend, token_ids, write_tokenizer
 
 VOCAB, CODEBOOK, CODEBOOKS = 768, 48, 3
 CPU = torch.device("cpu")
@@ -135,19 +132,13 @@ def _calm(decoder: Code2Wav, generator: torch.Generator) -> None:
     last.conv.bias *= scale
 
 
-@lru_cache
-def tokenizer_folder() -> tuple[Path, dict[str, int]]:
-    """A folder with the tokenizer of all small models, and the ids that a config needs."""
-    folder = Path(tempfile.mkdtemp(prefix="antiphon-tokenizer-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder, write_tokenizer(folder, vocab_size=VOCAB)
+IDS = token_ids(tiny_backend(VOCAB))  # of the control tokens, as every small config needs them
 
 
 @lru_cache
 def _omni(changes: str, dtype: torch.dtype, seed: int) -> Omni:
-    folder, ids = tokenizer_folder()
-    config = parse_config(config_json(ids, json.loads(changes)))
-    model = build(Omni, config, Tokenizer.from_folder(folder, config), CPU, dtype)
+    config = parse_config(config_json(IDS, json.loads(changes)))
+    model = build(Omni, config, Tokenizer(tiny_backend(VOCAB), config), CPU, dtype)
     randomize(model, seed)
     return model
 
@@ -159,7 +150,8 @@ def omni(changes: Mapping[str, Any] | None = None, dtype: torch.dtype = torch.fl
 
 def write_checkpoint(folder: Path, model: Omni) -> Path:
     """The model on disk in the released form, tokenizer included."""
-    save_checkpoint(model, folder, companions=tokenizer_folder()[0])
+    save_checkpoint(model, folder)
+    write_tokenizer(folder, vocab_size=VOCAB)
     return folder
 
 

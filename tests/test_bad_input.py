@@ -35,12 +35,12 @@ from antiphon.generate import collect
 from antiphon.streaming import KVCache
 from tests.models import (
     CODEBOOK,
+    IDS,
     VOCAB,
     assert_same_reply,
     config_json,
     omni,
     sound,
-    tokenizer_folder,
     write_checkpoint,
 )
 
@@ -264,18 +264,13 @@ def test_a_streamed_clip_over_the_limit_is_refused_and_stays_as_it_was(model, mo
     assert_same_reply(collect(session.respond(**SHORT)), collect(whole.respond(**SHORT)))
 
 
-def test_nothing_to_answer(model):
-    for session in (model.session(), model.load_session(saved(model))):
+def test_nothing_to_answer(model, tmp_path):
+    model.session().save(tmp_path / "empty")
+    for session in (model.session(), model.load_session(tmp_path / "empty")):
         with refused(InputError, "nothing to answer"):
             session.respond(**SHORT)
     with refused(InputError, "nothing to answer"):
         model.generate([], **SHORT)
-
-
-def saved(model: Omni) -> Path:
-    path = tokenizer_folder()[0] / "empty-session.safetensors"
-    model.session().save(path)
-    return path
 
 
 def test_a_session_that_cannot_be_written(model, tmp_path):
@@ -567,7 +562,7 @@ IMPOSSIBLE: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize(("path", "value", "words"), IMPOSSIBLE, ids=[f"{p}={v}" for p, v, _ in IMPOSSIBLE])
 def test_a_config_with_impossible_numbers(path, value, words):
-    config = config_json(tokenizer_folder()[1], {path: value})
+    config = config_json(IDS, {path: value})
     with refused(ConfigError, words):
         parse_config(config)
 
@@ -591,7 +586,7 @@ def test_a_config_too_large_for_any_machine(tmp_path, path):
 
 
 def test_every_field_that_is_missing_is_named():
-    ids = tokenizer_folder()[1]
+    ids = IDS
     whole = config_json(ids)
 
     def fields(section: dict[str, Any], above: str = "") -> list[str]:
@@ -617,7 +612,7 @@ def test_every_field_that_is_missing_is_named():
 
 @pytest.mark.parametrize("kind", ["qwen2_5_omni", "llama", None, 5, ["qwen3_omni_moe"]])
 def test_a_checkpoint_of_another_model(tmp_path, kind):
-    config = config_json(tokenizer_folder()[1])
+    config = config_json(IDS)
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": kind}))
     with refused(ConfigError, "model_type", repr(kind), "qwen3_omni_moe"):
         antiphon.load(tmp_path)

@@ -1,6 +1,7 @@
 """A small tokenizer of Qwen's kind, trained on the spot: byte-level BPE with the control tokens of Qwen3-Omni."""
 
 import json
+from functools import lru_cache
 from pathlib import Path
 
 import tokenizers
@@ -52,7 +53,7 @@ def write_tokenizer(folder: Path, form: str = "json", vocab_size: int = 768) -> 
 
     `form` is "json" (tokenizer.json) or "bpe" (vocab.json, merges.txt and tokenizer_config.json, as released).
     """
-    backend = _trained(vocab_size - len(SPECIAL) - len(TAGS))
+    backend = tiny_backend(vocab_size)
     if form == "json":
         backend.save(str(folder / "tokenizer.json"))
     else:
@@ -63,10 +64,19 @@ def write_tokenizer(folder: Path, form: str = "json", vocab_size: int = 768) -> 
     added = {i: _entry(token) for i, token in sorted(backend.get_added_tokens_decoder().items())}
     settings = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added, "eos_token": "<|im_end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return token_ids(backend)
+
+
+def token_ids(backend: tokenizers.Tokenizer) -> dict[str, int]:
+    """The ids a config needs."""
     ids = {name: i for name, spelling in NAMES.items() if (i := backend.token_to_id(spelling)) is not None}
-    assert backend.get_vocab_size() == vocab_size, "the training text is good for about 300 to 1200 ids"
     assert ids.keys() == NAMES.keys()
     return ids
+
+
+def tiny_backend(vocab_size: int = 768) -> tokenizers.Tokenizer:
+    """A tokenizer of `vocab_size` ids, added tokens last as in the release; trained once, and each time a copy."""
+    return tokenizers.Tokenizer.from_str(_trained(vocab_size))
 
 
 def tiny_tokenizer(folder: Path, form: str = "json", vocab_size: int = 768) -> Tokenizer:
@@ -81,7 +91,8 @@ def text_config(ids: dict[str, int], vocab_size: int = 768) -> OmniConfig:
     return OmniConfig(AudioConfig(8, 8, 1, 1, 8, 8, 8, 50, 800), text, None, None, **ids, raw={})
 
 
-def _trained(size: int) -> tokenizers.Tokenizer:
+@lru_cache
+def _trained(vocab_size: int) -> str:
     words = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -92,12 +103,15 @@ def _trained(size: int) -> tokenizers.Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words), "isolated"), byte_level])
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL) - len(TAGS), initial_alphabet=alphabet, show_progress=False
+    )
     roles = "user\nassistant\nsystem\n" * 99  # often enough to become single tokens
     backend.train_from_iterator([roles, *[TEXT] * 4], trainer)
     backend.add_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
     backend.add_tokens([AddedToken(t, special=False, normalized=False) for t in TAGS])
-    return backend
+    assert backend.get_vocab_size() == vocab_size, "the training text is good for about 300 to 1200 ids"
+    return backend.to_str()
 
 
 def _entry(token: AddedToken) -> dict[str, str | bool]:
