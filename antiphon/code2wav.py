@@ -10,55 +10,53 @@ Shapes: R rows, T frames, Q codebooks, C channels, W width; inside the convoluti
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from antiphon.binding import Bound, Part, bound
 from antiphon.config import Code2WavConfig
-from antiphon.layers import Attention, LayerScale, RMSNorm, SwiGLU, run_layers
+from antiphon.layers import Attention, LayerScale, RMSNorm, SwiGLU, Turn, run_layers
 from antiphon.streaming import (
     CausalConv1d,
     CausalTransposedConv1d,
     Span,
     Tails,
     WindowCache,
+    bind_convolutions,
     by_row,
     conv_tails,
-    run_convolutions,
     tails_of,
 )
 
 DILATIONS = (1, 3, 9)
 
 
-class SnakeBeta(nn.Module):
+class SnakeBeta(Part):
     """x + sin²(αx) / β per channel, both stored as logarithms."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.alpha = nn.Parameter(torch.zeros(channels))
         self.beta = nn.Parameter(torch.zeros(channels))
-        self._known: tuple[Any, Any] = (None, None)
+
+    def bind(self) -> Bound:
+        """As `forward`."""
+        alpha, scale = self.alpha.exp()[:, None], 1 / (self.beta.exp()[:, None] + 1e-9)
+
+        def run(x: Tensor) -> Tensor:
+            wave = (x * alpha).sin()
+            return torch.addcmul(x, wave * scale, wave)
+
+        return run
 
     def forward(self, x: Tensor) -> Tensor:
         """[R, C, T] -> [R, C, T]."""
-        alpha, scale = self._factors()
-        wave = (x * alpha).sin()
-        return torch.addcmul(x, wave * scale, wave)
-
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        """exp(alpha) and 1 / exp(beta) [C, 1]; computed again only when the weights have changed."""
-        if torch.is_grad_enabled():
-            return self.alpha.exp()[:, None], 1 / (self.beta.exp()[:, None] + 1e-9)
-        version = (self.alpha.data_ptr(), self.alpha._version, self.beta._version, self.alpha.dtype)
-        if self._known[0] != version:
-            self._known = (version, (self.alpha.exp()[:, None], 1 / (self.beta.exp()[:, None] + 1e-9)))
-        return self._known[1]
+        return self.bind()(x)
 
 
-class WindowLayer(nn.Module):
+class WindowLayer(Part):
     """Transformer layer whose branches start small."""
 
     def __init__(self, config: Code2WavConfig) -> None:
@@ -72,13 +70,24 @@ class WindowLayer(nn.Module):
         self.self_attn_layer_scale = LayerScale(width, scale)
         self.mlp_layer_scale = LayerScale(width, scale)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], span: Span, layer: int) -> Tensor:
+    def bind(self) -> Bound:
+        """As `forward`."""
+        before, after = bound(self.input_layernorm), bound(self.post_attention_layernorm)
+        attention, mlp = bound(self.self_attn), bound(self.mlp)
+        attention_scale, mlp_scale = self.self_attn_layer_scale.scale, self.mlp_layer_scale.scale
+
+        def run(x: Tensor, turn: Turn, span: Span, layer: int) -> Tensor:
+            x = torch.addcmul(x, attention_scale, attention(before(x), turn, span, layer))
+            return torch.addcmul(x, mlp_scale, mlp(after(x)))
+
+        return run
+
+    def forward(self, x: Tensor, turn: Turn, span: Span, layer: int) -> Tensor:
         """[N, W] -> [N, W], N = R * T."""
-        x = self.self_attn_layer_scale(self.self_attn(self.input_layernorm(x), turn, span, layer), x)
-        return self.mlp_layer_scale(self.mlp(self.post_attention_layernorm(x)), x)
+        return self.bind()(x, turn, span, layer)
 
 
-class WindowTransformer(nn.Module):
+class WindowTransformer(Part):
     """Causal transformer that sees the last `sliding_window` frames."""
 
     def __init__(self, config: Code2WavConfig) -> None:
@@ -87,13 +96,17 @@ class WindowTransformer(nn.Module):
         self.layers = nn.ModuleList(WindowLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
+    def bind(self) -> Bound:
+        """As `forward`."""
+        layers, norm, c = [bound(layer) for layer in self.layers], bound(self.norm), self.config
+        return lambda x, cache: norm(run_layers(layers, x, cache, c.head_dim, c.rope_theta, window=c.sliding_window)[0])
+
     def forward(self, x: Tensor, cache: WindowCache | None) -> Tensor:
         """[R, T, W] -> [R, T, W]."""
-        c = self.config
-        return self.norm(run_layers(self.layers, x, cache, c.head_dim, c.rope_theta, window=c.sliding_window)[0])
+        return self.bind()(x, cache)
 
 
-class ConvNeXtBlock(nn.Module):
+class ConvNeXtBlock(Part):
     """Depthwise causal convolution, then a feed-forward block on each step."""
 
     def __init__(self, dim: int) -> None:
@@ -104,13 +117,23 @@ class ConvNeXtBlock(nn.Module):
         self.pwconv2 = nn.Linear(4 * dim, dim)
         self.gamma = nn.Parameter(torch.full((dim,), 1e-6))
 
+    def bind(self) -> Bound:
+        """As `forward`."""
+        depthwise, norm, gamma = bound(self.dwconv), self.norm, self.gamma
+        widen, narrow = self.pwconv1, self.pwconv2
+
+        def run(x: Tensor, tails: Tails) -> Tensor:
+            y = norm(depthwise(x, tails).transpose(1, 2))
+            return torch.addcmul(x.transpose(1, 2), gamma, narrow(F.gelu(widen(y)))).transpose(1, 2)
+
+        return run
+
     def forward(self, x: Tensor, tails: Tails) -> Tensor:
         """[R, C, T] -> [R, C, T]."""
-        y = self.norm(self.dwconv(x, tails).transpose(1, 2))
-        return x + (self.gamma * self.pwconv2(F.gelu(self.pwconv1(y)))).transpose(1, 2)
+        return self.bind()(x, tails)
 
 
-class ResidualUnit(nn.Module):
+class ResidualUnit(Part):
     """Dilated convolution between two activations, added to its input."""
 
     def __init__(self, dim: int, dilation: int) -> None:
@@ -120,12 +143,17 @@ class ResidualUnit(nn.Module):
         self.act2 = SnakeBeta(dim)
         self.conv2 = CausalConv1d(dim, dim, 1)
 
+    def bind(self) -> Bound:
+        """As `forward`."""
+        act1, conv1, act2, conv2 = (bound(part) for part in (self.act1, self.conv1, self.act2, self.conv2))
+        return lambda x, tails: x + conv2(act2(conv1(act1(x), tails)), tails)
+
     def forward(self, x: Tensor, tails: Tails) -> Tensor:
         """[R, C, T] -> [R, C, T]."""
-        return x + self.conv2(self.act2(self.conv1(self.act1(x), tails)), tails)
+        return self.bind()(x, tails)
 
 
-class DecoderBlock(nn.Module):
+class DecoderBlock(Part):
     """Upsampling by `rate`, then three residual units; channels halve."""
 
     def __init__(self, inputs: int, outputs: int, rate: int) -> None:
@@ -134,9 +162,13 @@ class DecoderBlock(nn.Module):
         up = CausalTransposedConv1d(inputs, outputs, 2 * rate, rate)
         self.block = nn.ModuleList([SnakeBeta(inputs), up, *units])
 
+    def bind(self) -> Bound:
+        """As `forward`."""
+        return bind_convolutions(self.block, SnakeBeta)
+
     def forward(self, x: Tensor, tails: Tails) -> Tensor:
         """[R, C, T] -> [R, C / 2, T * rate]."""
-        return run_convolutions(self.block, x, tails, SnakeBeta)
+        return self.bind()(x, tails)
 
 
 @dataclass
@@ -146,7 +178,7 @@ class Code2WavState(WindowCache):
     tails: list[Tensor] = by_row(0)  # [R, C, context] each, in running order
 
 
-class Code2Wav(nn.Module):
+class Code2Wav(Part):
     """The decoder from codes to waveform."""
 
     def __init__(self, config: Code2WavConfig) -> None:
@@ -170,14 +202,24 @@ class Code2Wav(nn.Module):
         cache = WindowCache.empty(c.num_hidden_layers, rows, *heads, device, dtype)
         return Code2WavState(cache.k, cache.v, cache.length, conv_tails(self, rows, device, dtype))
 
+    def bind(self) -> Bound:
+        """As `forward`."""
+        table, transformer, c = self.code_embedding.weight, bound(self.pre_transformer), self.config
+        offsets = torch.arange(c.num_quantizers, device=table.device) * c.codebook_size
+        stages = [
+            bind_convolutions(s, SnakeBeta) for s in (*self.upsample, self.decoder) if isinstance(s, nn.ModuleList)
+        ]
+
+        def run(codes: Tensor, state: Code2WavState | None = None, final: bool = False) -> Tensor:
+            x = F.embedding(codes + offsets, table).mean(2)
+            x = transformer(x, state).transpose(1, 2)
+            tails = tails_of(None if state is None else state.tails)
+            for stage in stages:
+                x = stage(x, tails)
+            return x[:, 0].clamp(-1, 1)
+
+        return run
+
     def forward(self, codes: Tensor, state: Code2WavState | None = None, final: bool = False) -> Tensor:
         """Codes [R, T, Q] -> waveform [R, T * frame samples] in [-1, 1]."""
-        c = self.config
-        offsets = torch.arange(c.num_quantizers, device=codes.device) * c.codebook_size
-        x = self.code_embedding(codes + offsets).mean(2)
-        x = self.pre_transformer(x, state).transpose(1, 2)
-        tails = tails_of(None if state is None else state.tails)
-        for stage in self.upsample:
-            if isinstance(stage, nn.ModuleList):
-                x = run_convolutions(stage, x, tails, SnakeBeta)
-        return run_convolutions(self.decoder, x, tails, SnakeBeta)[:, 0].clamp(-1, 1)
+        return self.bind()(codes, state, final)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from antiphon.audio import Samples
+from antiphon.binding import bound
 from antiphon.conversation import Answer, Conversation
 from antiphon.errors import InputError
 from antiphon.messages import parts_of, text_of
@@ -211,6 +212,7 @@ class Thought(Iterator[int]):
         self._new: list[str] = []
         self._decoder = StreamDecoder(session.model.tokenizer)
         self._generation = generation
+        self._think = bound(session.model.thinker)
 
     def __next__(self) -> int:
         if self.finish is None and self.session.generation != self._generation:
@@ -232,7 +234,7 @@ class Thought(Iterator[int]):
         session, model = self.session, self.session.model
         if self._fed < len(self.ids):
             x = model.thinker.embed(torch.tensor([self.ids[self._fed :]], device=model.device))
-            session.hidden = model.thinker(x, session.thinker)[0][:, -1]
+            session.hidden = self._think(x, session.thinker)[0][:, -1]
             session.ids += self.ids[self._fed :]
             self._fed = len(self.ids)
         assert session.hidden is not None
@@ -288,12 +290,13 @@ class Utterance:
         x = session.model.embed_rows(rows)
         session.note("talker_inputs", x[0])
         trailing = trailing_text(config, words)
+        talk, predict, decode = bound(speech.talker), speech.mtp.bind_predict(), bound(speech.code2wav)
         for frame in range(self.options.max_frames):
             if session.generation != generation:
                 self.finish = "cancelled"
                 return
             with self.clock("talker"):
-                hidden = speech.talker(x, session.talker)[:, -1]
+                hidden = talk(x, session.talker)[:, -1]
                 logits = speech.talker.codec_head(hidden)
                 code = choose(logits, self.options.speech, self._key(frame, 0), seen, suppress)
             if int(code) == speech.talker.config.codec_eos_token_id:
@@ -303,10 +306,10 @@ class Utterance:
             seen[0, code] = True
             with self.clock("mtp"):
                 first_part = speech.talker.model.codec_embedding(code)
-                residual, rest = speech.mtp.predict(hidden, first_part, self._draw(frame), session.mtp)
+                residual, rest = predict(hidden, first_part, self._draw(frame), session.mtp)
                 codes = torch.cat([code[:, None], residual], 1)
             with self.clock("code2wav"):
-                wave = speech.code2wav(codes[:, None], session.code2wav)[0]
+                wave = decode(codes[:, None], session.code2wav)[0]
             session.note("codes", codes)
             session.note("waveform", wave)
             self.codes.append(codes[0].cpu())

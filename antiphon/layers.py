@@ -8,17 +8,22 @@ Shapes: B batch, T time, W model width, H heads, K key/value heads, D head size,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Iterable, Iterator
+from functools import lru_cache, partial
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from antiphon.binding import Bound, Part, bound
 from antiphon.config import DecoderConfig
 from antiphon.streaming import CACHE_BLOCK, FrameCache, KVCache, PlacedSpan, Span, WindowCache, open_span
 
 GATHERED_AT_MOST = 1 << 17  # numbers in matrices of experts that are copied together rather than visited one by one
+
+
+Turn: TypeAlias = tuple[Tensor, Tensor]  # cosines and signed sines, as `rotary` gives them
 
 
 def widened(x: Tensor) -> Tensor:
@@ -26,7 +31,7 @@ def widened(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Part):
     """Root-mean-square norm over the last dimension."""
 
     def __init__(self, dim: int, eps: float) -> None:
@@ -34,18 +39,31 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
+    def bind(self) -> Bound:
+        """[…, dim] -> […, dim]."""
+        weight, unit = self.weight, unit_rms(self.weight, self.eps)
+        return lambda x: unit(x) * weight
+
     def forward(self, x: Tensor) -> Tensor:
         """[…, dim] -> […, dim]."""
-        return self.weight * unit_rms(x, self.eps)
+        return self.bind()(x)
 
 
-def unit_rms(x: Tensor, eps: float) -> Tensor:
-    """x [.., D] over its root mean square. Three kernels; F.rms_norm is a dozen on a CPU, half the time of a step."""
-    wide, root = widened(x), x.shape[-1] ** 0.5
-    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    length = torch.hypot(length, constant(root * eps**0.5, wide.device, wide.dtype))
-    y = torch.addcdiv(constant(0.0, wide.device, wide.dtype), wide, length, value=root)
-    return y if wide is x else y.to(x.dtype)
+def unit_rms(like: Tensor, eps: float) -> Bound:
+    """The division of x [.., D] by its root mean square, for x of the size and type of `like` [D].
+
+    Three kernels; F.rms_norm is a dozen on a CPU, half the time of a step.
+    """
+    root, dtype = like.shape[-1] ** 0.5, torch.promote_types(like.dtype, torch.float32)
+    zero, floor = constant(0.0, like.device, dtype), constant(root * eps**0.5, like.device, dtype)
+
+    def unit(x: Tensor) -> Tensor:
+        wide = widened(x)
+        length = torch.hypot(torch.linalg.vector_norm(wide, 2, -1, True), floor)
+        y = torch.addcdiv(zero, wide, length, value=root)
+        return y if wide is x else y.to(x.dtype)
+
+    return unit
 
 
 @lru_cache
@@ -67,18 +85,26 @@ class LayerScale(nn.Module):
         return self.scale * x if residual is None else torch.addcmul(residual, self.scale, x)
 
 
-class Linear(nn.Linear):
+class Linear(nn.Linear, Part):
     """A linear map whose product may be added to a residual in the same kernel."""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x [N, inputs] -> [N, outputs]."""
-        if residual is None or self.bias is not None:
-            y = super().forward(x)
-            return y if residual is None else residual + y
-        return torch.addmm(residual, x, self.weight.t())
+    def bind(self) -> Bound:
+        """As `forward`."""
+        weight, bias, transposed = self.weight, self.bias, self.weight.t()
+
+        def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
+            if residual is None:
+                return F.linear(x, weight, bias)
+            return torch.addmm(residual if bias is None else residual + bias, x, transposed)
+
+        return run
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[N, inputs] -> [N, outputs], added to `residual` if there is one."""
+        return self.bind()(input, residual)
 
 
-class FusedLinear(nn.Linear):
+class FusedLinear(Linear):
     """Several projections of the same input as one matrix product; on disk they are apart (`disk_tensors`)."""
 
     def __init__(self, inputs: int, parts: dict[str, int], bias: bool = False) -> None:
@@ -91,7 +117,7 @@ def _frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
     return theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
 
 
-def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Turn:
     """Cosines and signed sines [.., 1, D] of positions [..]; angles in float32 whatever the model's type."""
     angles = positions[..., None, None].float() * _frequencies(head_dim, theta, positions.device)
     cos, sin = angles.cos(), angles.sin()
@@ -129,7 +155,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return y.reshape(batch, heads, steps, dim).transpose(1, 2).reshape(batch * steps, heads * dim)
 
 
-class Attention(nn.Module):
+class Attention(Part):
     """Causal attention with rotary positions, grouped key heads and, where the box has them, per-head norms."""
 
     def __init__(
@@ -144,20 +170,32 @@ class Attention(nn.Module):
         self.q_norm = None if norm_eps is None else RMSNorm(head_dim, norm_eps)
         self.k_norm = None if norm_eps is None else RMSNorm(head_dim, norm_eps)
 
-    def forward(
-        self, x: Tensor, turn: tuple[Tensor, Tensor], span: Span, layer: int, residual: Tensor | None = None
-    ) -> Tensor:
+    def bind(self) -> Bound:
+        """As `forward`."""
+        project, output, norm = bound(self.qkv_proj), bound(self.o_proj), self._bind_norms()
+        heads, dim, kinds, turning = self.heads + 2 * self.kv_heads, self.head_dim, self.kinds, self.turning
+
+        def run(x: Tensor, turn: Turn, span: Span, layer: int, residual: Tensor | None = None) -> Tensor:
+            qk, v = project(x).view(-1, span.steps, heads, dim).split_with_sizes(turning, 2)  # [B, T, H + K or K, D]
+            q, k = rotate(norm(qk), *turn).split_with_sizes(kinds, 2)
+            return output(attend(q, *span.store(layer, k, v), span.mask), residual)
+
+        return run
+
+    def _bind_norms(self) -> Bound:
+        """The norms of queries and keys, both at once."""
+        if self.q_norm is None or self.k_norm is None:
+            return lambda qk: qk
+        q, k = self.q_norm.weight, self.k_norm.weight
+        unit, weight = unit_rms(q, self.q_norm.eps), torch.cat([q.expand(self.heads, -1), k.expand(self.kv_heads, -1)])
+        return lambda qk: unit(qk) * weight
+
+    def forward(self, x: Tensor, turn: Turn, span: Span, layer: int, residual: Tensor | None = None) -> Tensor:
         """x [N, W] -> [N, W], N = B * T steps of the span; `turn` is what `rotary` gave for them."""
-        qkv = self.qkv_proj(x).view(-1, span.steps, sum(self.turning), self.head_dim)
-        qk, v = qkv.split_with_sizes(self.turning, 2)  # [B, T, H + K or K, D]
-        if self.q_norm is not None and self.k_norm is not None:
-            weight = (self.q_norm.weight.expand(self.heads, -1), self.k_norm.weight.expand(self.kv_heads, -1))
-            qk = unit_rms(qk, self.q_norm.eps) * torch.cat(weight)
-        q, k = rotate(qk, *turn).split_with_sizes(self.kinds, 2)
-        return self.o_proj(attend(q, *span.store(layer, k, v), span.mask), residual)
+        return self.bind()(x, turn, span, layer, residual)
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(Part):
     """Gated feed-forward block."""
 
     def __init__(self, width: int, inner: int) -> None:
@@ -165,9 +203,14 @@ class SwiGLU(nn.Module):
         self.gate_up_proj = FusedLinear(width, {"gate_proj": inner, "up_proj": inner})
         self.down_proj = Linear(inner, width, bias=False)
 
+    def bind(self) -> Bound:
+        """As `forward`."""
+        gate_up, down = bound(self.gate_up_proj), bound(self.down_proj)
+        return lambda x, residual=None: down(gated(gate_up(x)), residual)
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[N, W] -> [N, W], added to `residual` if there is one."""
-        return self.down_proj(gated(self.gate_up_proj(x)), residual)
+        return self.bind()(x, residual)
 
 
 def gated(x: Tensor) -> Tensor:
@@ -257,7 +300,7 @@ class Router(nn.Module):
         return widened(F.linear(x, self.weight)).softmax(-1)
 
 
-class SparseMLP(nn.Module):
+class SparseMLP(Part):
     """Top-k experts and, in the Talker, one that every token visits behind a sigmoid gate."""
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -268,7 +311,7 @@ class SparseMLP(nn.Module):
         self.experts = Experts(config.num_experts, width, config.moe_intermediate_size)
         shared = config.shared_expert_intermediate_size
         self.shared_expert = None if shared is None else SwiGLU(width, shared)
-        self.shared_expert_gate = None if shared is None else nn.Linear(width, 1, bias=False)
+        self.shared_expert_gate = None if shared is None else Linear(width, 1, bias=False)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[N, W] -> [N, W], added to `residual` if there is one."""
@@ -281,7 +324,7 @@ class SparseMLP(nn.Module):
         return y if residual is None else residual + y
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Part):
     """Pre-norm transformer layer: attention, then a dense or sparse feed-forward block."""
 
     def __init__(self, config: DecoderConfig, index: int) -> None:
@@ -299,14 +342,24 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(width, eps)
         self.mlp = SparseMLP(config) if config.sparse(index) else SwiGLU(width, config.intermediate_size or 0)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], span: Span, layer: int) -> Tensor:
+    def bind(self) -> Bound:
+        """As `forward`."""
+        before, after = bound(self.input_layernorm), bound(self.post_attention_layernorm)
+        attention, mlp = bound(self.self_attn), bound(self.mlp)
+
+        def run(x: Tensor, turn: Turn, span: Span, layer: int) -> Tensor:
+            x = attention(before(x), turn, span, layer, x)
+            return mlp(after(x), x)
+
+        return run
+
+    def forward(self, x: Tensor, turn: Turn, span: Span, layer: int) -> Tensor:
         """[N, W] -> [N, W]."""
-        x = self.self_attn(self.input_layernorm(x), turn, span, layer, x)
-        return self.mlp(self.post_attention_layernorm(x), x)
+        return self.bind()(x, turn, span, layer)
 
 
 def run_layers(
-    layers: nn.ModuleList,
+    layers: Iterable[Bound],
     x: Tensor,
     cache: KVCache | WindowCache | FrameCache | None,
     head_dim: int,
@@ -335,7 +388,7 @@ def run_layers(
 
 def span_rotary(
     span: Span, batch: int, positions: Tensor | None, head_dim: int, theta: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+) -> Turn:
     """`rotary` [B or 1, T, 1, D] of the span's steps, or of `positions` [B, T], for a batch of sequences."""
     if positions is not None or not isinstance(span, PlacedSpan):
         return rotary(span.positions if positions is None else positions, head_dim, theta, dtype)
@@ -352,7 +405,7 @@ def _rotary_tables(
         return rotary(torch.arange(size, device=device), head_dim, theta, dtype)
 
 
-class Decoder(nn.Module):
+class Decoder(Part):
     """A stack of causal layers and its closing norm: the body of Thinker, Talker and MTP."""
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -374,9 +427,24 @@ class Decoder(nn.Module):
         tap: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, W] -> normed states [B, T, W] and the states at layer `tap` (post-norm when it is the last)."""
+        return self._run(self.layers, self.norm, x, state, positions, tap)
+
+    def bind(self) -> Bound:
+        """As `forward`."""
+        return partial(self._run, [bound(layer) for layer in self.layers], bound(self.norm))
+
+    def _run(
+        self,
+        layers: Iterable[Bound],
+        norm: Bound,
+        x: Tensor,
+        state: KVCache | FrameCache | None = None,
+        positions: Tensor | None = None,
+        tap: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
         c = self.config
-        x, tapped = run_layers(self.layers, x, state, c.head_dim, c.rope_theta, positions=positions, tap=tap)
-        x = self.norm(x)
+        x, tapped = run_layers(layers, x, state, c.head_dim, c.rope_theta, positions=positions, tap=tap)
+        x = norm(x)
         return x, (x if tap == c.num_hidden_layers else tapped)
 
 

@@ -13,8 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from antiphon.binding import bound
 from antiphon.config import DecoderConfig
-from antiphon.layers import Decoder
+from antiphon.layers import Decoder, Linear
 from antiphon.streaming import FrameCache
 
 
@@ -36,7 +37,7 @@ class MTP(nn.Module):
         self.config, self.codebooks = config, codebooks
         self.model = MTPModel(config, codebooks)
         self.lm_head = nn.ModuleList(
-            nn.Linear(config.hidden_size, config.vocab_size, bias=False) for _ in range(codebooks - 1)
+            Linear(config.hidden_size, config.vocab_size, bias=False) for _ in range(codebooks - 1)
         )
 
     def init_state(self, rows: int, device: torch.device, dtype: torch.dtype) -> FrameCache:
@@ -71,14 +72,26 @@ class MTP(nn.Module):
 
         `choose(logits [N, V], codebook)` draws a code [N]; `state` is scratch space of `init_state`.
         """
-        state.restart()
-        states = self(torch.stack([hidden, first], 1), state)
-        codes, total = [], torch.zeros_like(first)
-        for i, (head, table) in enumerate(zip(self.lm_head, self.model.codec_embedding, strict=True)):
-            code = choose(head(states[:, -1]), i + 1)
-            embedded = table(code)
-            codes.append(code)
-            total = total + embedded
-            if i + 2 < self.codebooks:
-                states = self(embedded[:, None], state)
-        return torch.stack(codes, 1), total
+        return self.bind_predict()(hidden, first, choose, state)
+
+    def bind_predict(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """`predict` with the weights of now."""
+        step, heads = bound(self.model), [bound(head) for head in self.lm_head]
+        tables = list(self.model.codec_embedding)
+
+        def run(
+            hidden: Tensor, first: Tensor, choose: Callable[[Tensor, int], Tensor], state: FrameCache
+        ) -> tuple[Tensor, Tensor]:
+            state.restart()
+            states = step(torch.stack([hidden, first], 1), state)[0]
+            codes, total = [], torch.zeros_like(first)
+            for i, (head, table) in enumerate(zip(heads, tables, strict=True)):
+                code = choose(head(states[:, -1]), i + 1)
+                embedded = table(code)
+                codes.append(code)
+                total = total + embedded
+                if i + 2 < self.codebooks:
+                    states = step(embedded[:, None], state)[0]
+            return torch.stack(codes, 1), total
+
+        return run

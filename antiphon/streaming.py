@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from antiphon.binding import Bound, Part, bound
 from antiphon.errors import CapacityError, WeightsError
 
 WINDOWED_AT_MOST = 1 << 22  # numbers in the windows of a convolution computed as a matrix product
@@ -403,7 +404,7 @@ def roll(tail: Tensor, x: Tensor, dim: int = -1) -> Tensor:
 Tails = Iterator[Tensor | None]  # one per convolution, in the order in which they run
 
 
-class CausalConv1d(nn.Module):
+class CausalConv1d(Part):
     """Convolution over x [B, C, T] that sees the present and the past only.
 
     A strided one takes whole strides; what is missing at the end of a whole sequence is filled with zeros.
@@ -429,36 +430,62 @@ class CausalConv1d(nn.Module):
         """Silence before the first piece [R, C, context]."""
         return torch.zeros(rows, self.conv.in_channels, self.context, device=device, dtype=dtype)
 
+    def bind(self) -> Bound:
+        """As `forward`."""
+        convolve, context, stride = bind_convolution(self.conv), self.context, self.stride
+
+        def run(x: Tensor, tails: Tails) -> Tensor:
+            tail = next(tails)
+            x = F.pad(x, (0, -x.shape[-1] % stride)) if stride > 1 else x
+            if context:
+                x = F.pad(x, (context, 0)) if tail is None else roll(tail, x)
+            return convolve(x)
+
+        return run
+
     def forward(self, x: Tensor, tails: Tails) -> Tensor:
         """[B, C, T] -> [B, C', ceil(T / stride)]."""
-        tail = next(tails)
-        x = F.pad(x, (0, -x.shape[-1] % self.stride)) if self.stride > 1 else x
-        if self.context:
-            x = F.pad(x, (self.context, 0)) if tail is None else roll(tail, x)
-        return convolve(self.conv, x)
+        return self.bind()(x, tails)
 
 
-def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
+def bind_convolution(conv: nn.Conv1d) -> Bound:
     """`conv` of x [B, C, T]; on a CPU as one matrix product over windows, faster than conv1d for a stream's pieces.
 
     Training and long pieces keep conv1d: the windows take its kernel times x's memory.
     """
-    kernel, stride, dilation = conv.kernel_size[0], conv.stride[0], conv.dilation[0]
-    small = x.numel() * kernel <= WINDOWED_AT_MOST
-    if not small or x.device.type != "cpu" or conv.groups > 1 or torch.is_grad_enabled():
-        return conv(x)
-    batch, channels, steps = x.shape
-    count = (steps - (kernel - 1) * dilation - 1) // stride + 1
-    if kernel > 1 or stride > 1:
-        rows, columns, _ = x.stride()
-        x = x.as_strided((batch, channels, kernel, count), (rows, columns, dilation, stride))
-    weight, x = conv.weight.view(1, conv.out_channels, -1), x.reshape(batch, channels * kernel, count)
+    if torch.is_grad_enabled() or conv.weight.device.type != "cpu":
+        return conv
+    kernel, stride, dilation, groups = conv.kernel_size[0], conv.stride[0], conv.dilation[0], conv.groups
+    weight = conv.weight.view(groups, conv.out_channels // groups, -1)
+    bias = None if conv.bias is None else conv.bias.view(groups, -1, 1)
+
+    def run(x: Tensor) -> Tensor:
+        batch, _, steps = x.shape
+        if x.numel() * kernel > WINDOWED_AT_MOST:
+            return conv(x)
+        count = (steps - (kernel - 1) * dilation - 1) // stride + 1
+        x = windows(x, kernel, dilation, stride, count).reshape(batch * groups, -1, count)
+        return multiply(weight, bias, x).view(batch, -1, count)
+
+    return run
+
+
+def windows(x: Tensor, kernel: int, dilation: int, stride: int, count: int) -> Tensor:
+    """The steps of x [B, C, T] that each of `count` windows sees [B, C, kernel, count], sharing memory."""
+    rows, columns, step = x.stride()
+    shape, strides = (*x.shape[:2], kernel, count), (rows, columns, dilation * step, stride * step)
+    return x.as_strided(shape, strides) if kernel > 1 or stride > 1 else x
+
+
+def multiply(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """Products [B * G, O, T] of weight [G, O, I] and x [B * G, I, T], plus bias [G, O, 1]."""
+    batch = len(x) // len(weight)
     if batch > 1:
-        weight = weight.expand(batch, -1, -1)
-    return torch.bmm(weight, x) if conv.bias is None else torch.baddbmm(conv.bias.view(1, -1, 1), weight, x)
+        weight, bias = weight.repeat(batch, 1, 1), None if bias is None else bias.repeat(batch, 1, 1)
+    return torch.bmm(weight, x) if bias is None else torch.baddbmm(bias, weight, x)
 
 
-class CausalTransposedConv1d(nn.Module):
+class CausalTransposedConv1d(Part):
     """Upsampling by `stride`, cropped on the right only: T steps give exactly T * stride, none of them waits.
 
     The published Code2Wav crops both sides and so looks one frame ahead; this is the strictly causal
@@ -475,12 +502,48 @@ class CausalTransposedConv1d(nn.Module):
         """Silence before the first piece [R, C, context]."""
         return torch.zeros(rows, self.conv.in_channels, self.context, device=device, dtype=dtype)
 
+    def bind(self) -> Bound:
+        """As `forward`."""
+        convolve, context = bind_transposed(self.conv, self.context), self.context
+
+        def run(x: Tensor, tails: Tails) -> Tensor:
+            tail = next(tails)
+            if context:
+                x = F.pad(x, (context, 0)) if tail is None else roll(tail, x)
+            return convolve(x)
+
+        return run
+
     def forward(self, x: Tensor, tails: Tails) -> Tensor:
         """[B, C, T] -> [B, C', T * stride]."""
-        tail, steps = next(tails), x.shape[-1]
-        if self.context:
-            x = F.pad(x, (self.context, 0)) if tail is None else roll(tail, x)
-        return self.conv(x)[..., self.context * self.stride :][..., : steps * self.stride]
+        return self.bind()(x, tails)
+
+
+def bind_transposed(conv: nn.ConvTranspose1d, context: int) -> Bound:
+    """`conv` of x [B, C, context + T] without what rings before and after the last T steps [B, C', T * stride].
+
+    On a CPU, as in `bind_convolution`, one matrix product: each step of x gives `stride` steps, of which each hears
+    the last `context` + 1 steps of x through a part of the kernel of its own.
+    """
+    stride, outputs, taps = conv.stride[0], conv.out_channels, context + 1
+
+    def whole(x: Tensor) -> Tensor:
+        return conv(x)[..., context * stride :][..., : (x.shape[-1] - context) * stride]
+
+    if torch.is_grad_enabled() or conv.weight.device.type != "cpu":
+        return whole
+    kernel = F.pad(conv.weight, (0, taps * stride - conv.kernel_size[0])).view(-1, outputs, taps, stride)
+    weight = kernel.flip(2).permute(1, 3, 0, 2).reshape(1, outputs * stride, -1)
+    bias = None if conv.bias is None else conv.bias.repeat_interleave(stride).view(1, -1, 1)
+
+    def run(x: Tensor) -> Tensor:
+        batch, count = len(x), x.shape[-1] - context
+        if x.numel() * taps > WINDOWED_AT_MOST:
+            return whole(x)
+        y = multiply(weight, bias, windows(x, taps, 1, 1, count).reshape(batch, -1, count))
+        return y.view(batch, outputs, stride, count).transpose(2, 3).reshape(batch, outputs, -1)
+
+    return run
 
 
 def conv_tails(module: nn.Module, rows: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
@@ -496,9 +559,19 @@ def tails_of(tails: Sequence[Tensor] | None) -> Tails:
 
 def run_convolutions(modules: nn.ModuleList, x: Tensor, tails: Tails, activation: type[nn.Module]) -> Tensor:
     """x through `modules` in order; all but those of class `activation` look back, and take their tail."""
-    for module in modules:
-        x = module(x) if isinstance(module, activation) else module(x, tails)
-    return x
+    return bind_convolutions(modules, activation)(x, tails)
+
+
+def bind_convolutions(modules: nn.ModuleList, activation: type[nn.Module]) -> Bound:
+    """`run_convolutions` with the weights of now, given x and tails."""
+    steps = [(bound(module), isinstance(module, activation)) for module in modules]
+
+    def run(x: Tensor, tails: Tails) -> Tensor:
+        for step, pointwise in steps:
+            x = step(x) if pointwise else step(x, tails)
+        return x
+
+    return run
 
 
 # ---------------------------------------------------------------------------------------------- waiting

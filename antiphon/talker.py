@@ -18,11 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from antiphon.binding import Bound, Part, bound
 from antiphon.config import TALKER_SPECIALS, DecoderConfig, OmniConfig, TalkerConfig
 from antiphon.layers import Decoder
 from antiphon.streaming import KVCache
 
 NO_CODE = -1  # nothing on the codec channel
+CLONED = -2  # in the speaker slot: a voice that is a vector of its own, not a row of the embedding
 PLAIN = 3  # the assistant turn opens with three tokens of plain text: <|im_start|>, assistant, newline
 
 
@@ -94,7 +96,7 @@ class TalkerModel(Decoder):
         self.codec_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
 
 
-class Talker(nn.Module):
+class Talker(Part):
     """Causal model over frames."""
 
     def __init__(self, config: TalkerConfig) -> None:
@@ -115,6 +117,11 @@ class Talker(nn.Module):
     ) -> Tensor:
         """Summed channels [B, T, W] -> normed states [B, T, W], for `codec_head` and for MTP."""
         return self.model(x, state, positions)[0]
+
+    def bind(self) -> Bound:
+        """As `forward`, given x and a state."""
+        model = bound(self.model)
+        return lambda x, state=None: model(x, state)[0]
 
     def suppressed(self, device: torch.device) -> Tensor:
         """Mask [V] of ids that are never drawn: the control ids, except the one that ends speech."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from antiphon.binding import Bound, Part, bound
 from antiphon.config import DecoderConfig
 from antiphon.layers import Decoder
 from antiphon.streaming import KVCache
@@ -24,7 +25,7 @@ class ThinkerModel(Decoder):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
 
 
-class Thinker(nn.Module):
+class Thinker(Part):
     """Causal language model over text and audio embeddings."""
 
     def __init__(self, config: DecoderConfig, accept_layer: int | None = None) -> None:
@@ -48,6 +49,11 @@ class Thinker(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Embeddings [B, T, W] -> normed states [B, T, W] for `logits`, and the accept layer's for the Talker."""
         return self.model(x, state, positions, self.accept_layer)
+
+    def bind(self) -> Bound:
+        """As `forward`, given x and a state."""
+        model = bound(self.model)
+        return lambda x, state=None: model(x, state, None, self.accept_layer)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores [.., V] of the next token."""
