@@ -19,7 +19,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from antiphon.audio import pcm16, read_audio, write_audio
-from antiphon.config import OmniConfig, read_config
+from antiphon.config import OmniConfig
+from antiphon.config_json import read_config
 from antiphon.errors import AntiphonError, InputError
 from antiphon.evaluate.parity import Difference, verify
 from antiphon.evaluate.stages import Case, default_case, ensure_tokenizer

@@ -21,7 +21,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from antiphon.config import OmniConfig, read_json
+from antiphon.config import OmniConfig
+from antiphon.config_json import read_json
 from antiphon.errors import InputError
 
 # Contractions, words with the mark before them, single digits, punctuation with its line ends, line ends, spaces.

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from antiphon.codec import Codec
-from antiphon.config import CodecConfig, OmniConfig, parse_codec_config, read_config, read_json, to_json
+from antiphon.config import CodecConfig, OmniConfig
+from antiphon.config_json import parse_codec_config, read_config, read_json, to_json
 from antiphon.errors import AntiphonError, InputError, WeightsError
 from antiphon.files import Entry, read_header, read_into, read_metadata, write_safetensors
 from antiphon.layers import disk_tensors

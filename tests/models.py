@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import antiphon.generate
 from antiphon.code2wav import Code2Wav, ConvNeXtBlock, SnakeBeta
-from antiphon.config import parse_config
+from antiphon.config_json import parse_config
 from antiphon.generate import Omni, Session, Thought
 from antiphon.layers import LayerScale, RMSNorm
 from antiphon.tokenizer import Tokenizer

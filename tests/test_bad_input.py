@@ -30,7 +30,7 @@ from antiphon import (
     WeightsError,
 )
 from antiphon.audio import MAX_SECONDS
-from antiphon.config import parse_config
+from antiphon.config_json import parse_config
 from antiphon.generate import collect
 from antiphon.streaming import KVCache
 from tests.models import (

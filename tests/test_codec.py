@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import MimiConfig, MimiModel
 
 from antiphon.codec import Codec, SplitQuantizer
-from antiphon.config import CodecConfig, parse_codec_config
+from antiphon.config import CodecConfig
+from antiphon.config_json import parse_codec_config
 from antiphon.errors import CapacityError, ConfigError, InputError, WeightsError
 from antiphon.weights import CODEC_FILE, load_codec, mimi_tensors, save_codec
 

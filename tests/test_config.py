@@ -10,7 +10,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from antiphon.config import AudioConfig, OmniConfig, parse_config, read_config, read_json
+from antiphon.config import AudioConfig, OmniConfig
+from antiphon.config_json import parse_config, read_config, read_json
 from antiphon.errors import CapacityError, ConfigError
 from antiphon.generate import Omni, load
 from antiphon.tokenizer import Tokenizer

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from antiphon.config import OmniConfig, parse_config
+from antiphon.config import OmniConfig
+from antiphon.config_json import parse_config
 from antiphon.model import Boxes
 from antiphon.weights import released_names, released_tensors
 

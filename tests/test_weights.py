@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from antiphon.cli import describe
-from antiphon.config import read_config
+from antiphon.config_json import read_config
 from antiphon.errors import AntiphonError, ConfigError, InputError, WeightsError
 from antiphon.evaluate.parity import verify
 from antiphon.evaluate.reference import load_reference

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from antiphon.config import OmniConfig, read_config
+from antiphon.config import OmniConfig
+from antiphon.config_json import read_config
 from antiphon.errors import ConfigError
 from antiphon.tokenizer import Tokenizer
 from antiphon.train.data import Mix
