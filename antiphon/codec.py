@@ -275,6 +275,14 @@ class ResidualQuantizer(nn.Module):
         total = torch.stack([books[i].vectors[codes[..., i]] for i in range(codes.shape[-1])]).sum(0)
         return _pointwise(self.output_proj, total.to(books[0].embed_sum.dtype))
 
+    def tables(self) -> Tensor:
+        """What each code of each codebook adds to the latents [Q, K, W]."""
+        return _pointwise(self.output_proj, torch.stack([book.vectors for book in self._codebooks()]))
+
+    def project(self, latents: Tensor) -> Tensor:
+        """Latents [R, T, W] as codebooks without end would give them [R, T, W]."""
+        return _pointwise(self.output_proj, _pointwise(self.input_proj, latents))
+
     def forward(
         self, latents: Tensor, generator: torch.Generator | None = None, num_quantizers: int | None = None
     ) -> Quantized:
@@ -351,6 +359,19 @@ class SplitQuantizer(nn.Module):
         semantic, acoustic = codes.split([self.semantic, self._acoustic(codes.shape[-1])], -1)
         x = self.semantic_residual_vector_quantizer.decode(semantic)
         return x + self.acoustic_residual_vector_quantizer.decode(acoustic) if acoustic.shape[-1] else x
+
+    def tables(self) -> Tensor:
+        """What each code of each codebook adds to the latents [Q, K, W], semantic ones first."""
+        parts = (self.semantic_residual_vector_quantizer, self.acoustic_residual_vector_quantizer)
+        return torch.cat([part.tables() for part in parts])
+
+    def project(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents [R, T, W] as codebooks without end would give them, and the semantic share of that.
+
+        Training begins with these, so that codebooks are drawn from an encoder that already says something.
+        """
+        semantic = self.semantic_residual_vector_quantizer.project(latents)
+        return semantic + self.acoustic_residual_vector_quantizer.project(latents), semantic
 
     def forward(
         self, latents: Tensor, generator: torch.Generator | None = None, num_quantizers: int | None = None

@@ -1,0 +1,413 @@
+"""The codec from scratch: first what makes codes, then Code2Wav, which makes sound of them.
+
+`CodecStage` trains encoder and quantizer, heard through Code2Wav's transformer and a cheap inverse-STFT head that is
+dropped afterwards. `Code2WavStage` takes the codes as they are and trains Code2Wav on them, begun from that transformer
+and from the codebooks. Both learn from spectral distances, and from an adversary too once a decoder is worth judging. A
+trained AuT, where the recipe has one, teaches the first codebook what is said.
+
+Shapes: R rows, N samples, T frames of codes, W width, Q codebooks.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from antiphon.audio import Samples, write_audio
+from antiphon.aut import AuT, TextDecoder, TextDecoderConfig
+from antiphon.code2wav import Code2Wav, ConvNeXtBlock, SnakeBeta
+from antiphon.codec import Codec
+from antiphon.config import Code2WavConfig, CodecConfig
+from antiphon.config_json import parse_codec_config, read_json
+from antiphon.errors import ConfigError
+from antiphon.evaluate.text import error_rates
+from antiphon.streaming import run_convolutions, tails_of
+from antiphon.train.adversary import Adversary, feature_loss, fooling_loss, judging_loss
+from antiphon.train.data import Example, Mix, load_samples, read_cuts
+from antiphon.train.listener import Listener
+from antiphon.train.loop import Figures, Loss
+from antiphon.train.losses import FLOOR, SpectralDistance, Spectrum
+from antiphon.train.recipe import read_fields
+from antiphon.train.stages.common import TOKENIZER, Setting
+
+CODEC_SIZES = "codec.json"  # sizes of encoder and quantizer, beside the config.json of the whole model
+JUDGES = "adversary"
+BRANCH = 0.3  # of the weights that close a residual branch: it begins smaller than what it is added to
+LOUDNESS = 0.08  # rms of speech; the first convolution brings it to about one, the last one back
+CLOSING = ("conv2.conv", "block.3.conv")  # of residual branches, in Code2Wav and in the encoder
+DARK, BRIGHT = 100, 20  # decibels below full scale, the ends of a picture's colours
+BEYOND = 8  # a crop may begin this part of its length before its clip does, and end as late
+
+
+@dataclass(frozen=True)
+class Judging:
+    """The adversary, and the weights of what it adds to a decoder's loss."""
+
+    start: float = 1.0  # share of the steps that go without it
+    periods: tuple[int, ...] = (2, 3, 5)
+    sizes: tuple[int, ...] = (512, 1024, 2048)  # of spectra, in samples
+    width: int = 8
+    frames: int = 12  # of each crop are judged
+    fool: float = 0.1
+    features: float = 0.3
+
+
+@dataclass(frozen=True)
+class SoundOptions:
+    """What only these stages know; weights are those of the parts of the loss."""
+
+    frames: int = 25  # of codes in a crop
+    spectra: tuple[int, ...] = (256, 512, 1024, 2048)
+    mel: float = 1.0
+    stft: float = 1.0
+    convergence: float = 1.0
+    commit: float = 0.25
+    semantic: float = 1.0
+    quantize: float = 0.2  # share of the steps before codes are used
+    judging: Judging = field(default_factory=Judging)
+    validated: int = 80  # clips
+    decoder: dict[str, Any] = field(default_factory=dict)  # sizes of AuT's text decoder, to read sound back with
+
+
+@dataclass
+class Made:
+    """What a stage makes of sound: the sound again, further losses, and figures."""
+
+    wave: Tensor  # [R, N]
+    loss: Tensor
+    figures: dict[str, Tensor] = field(default_factory=dict)
+
+
+class SoundStage(ABC):
+    """What both stages share: crops of clips, distances, the adversary, figures, sound and pictures."""
+
+    def __init__(self, setting: Setting, modules: dict[str, nn.Module], trained: list[str]) -> None:
+        recipe = setting.recipe
+        self.setting, self.plan, self.device, self.trained = setting, recipe.optimization, setting.device, trained
+        self.options = o = read_fields(SoundOptions, dict(recipe.options), f"{recipe.name}.options")
+        self.config = read_codec_config(setting)
+        self.judged_from = round(o.judging.start * self.plan.steps)
+        if self.judged_from < self.plan.steps:
+            modules[JUDGES] = Adversary(o.judging.periods, o.judging.sizes, o.judging.width)
+        aut, text = listening_modules(setting, o.decoder)
+        listening = {name: box for name, box in (("aut", aut), ("decoder", text)) if box is not None}
+        self.modules = setting.prepare(nn.ModuleDict(modules | listening))
+        for name in listening:  # not trained here: their own run keeps them
+            self.modules.pop(name)
+        self.listener = Listener(aut, self.config.sampling_rate, text) if aut is not None else None
+        self.distance = SpectralDistance(self.config.sampling_rate, o.spectra).to(self.device)
+        self.mix = Mix(replace(recipe.data, batch_seconds=0), recipe.data.mix, setting.cuts, recipe.seed)
+        self.heard: tuple[Tensor, Tensor] | None = None  # recorded and made: from one player of a step to the other
+
+    @abstractmethod
+    def make(self, wave: Tensor, step: int) -> Made:
+        """Wave [R, N] through the codec, as it trains."""
+
+    @abstractmethod
+    def encode(self, wave: Tensor) -> Tensor:
+        """Codes [R, T, Q] of wave [R, N]."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor) -> Tensor:
+        """Wave [R, N] of codes [R, T, Q]."""
+
+    def players(self) -> dict[str, list[str]]:
+        """The stage's own modules, then the adversary, which judges what they made in the same step."""
+        return {"codec": self.trained} | ({JUDGES: [JUDGES]} if JUDGES in self.modules else {})
+
+    def batch(self, step: int) -> Tensor:
+        """Crops [R, N]: `batch_seconds` of sound, each from a clip of its own."""
+        samples = self.options.frames * self.config.frame_samples
+        rows = max(1, round(self.setting.recipe.data.batch_seconds * self.config.sampling_rate / samples))
+        places = np.random.Generator(
+            np.random.Philox(np.random.SeedSequence([self.setting.recipe.seed, step, 1 << 21]))
+        )
+        clips = [self.mix.draw(step * rows + row)[0].cut for row in range(rows)]
+        crops = [crop(load_samples(c, self.config.sampling_rate), samples, places.random()) for c in clips]
+        return torch.from_numpy(np.stack(crops))
+
+    def loss(self, player: str, batch: Tensor, step: int) -> Loss:
+        """Distances, what the stage adds, and the adversary's part; for the adversary, its own."""
+        if player == JUDGES:
+            return self._judge()
+        wave, o = batch.to(self.device), self.options
+        with self.plan.autocast(self.device):
+            made = self.make(wave, step)
+        d = self.distance(made.wave.float(), wave)
+        total = o.mel * d.mel + o.stft * d.stft + o.convergence * d.convergence + made.loss
+        figures = {"mel": d.mel, "stft": d.stft, "convergence": d.convergence, **made.figures}
+        if step >= self.judged_from:
+            fool, features = self._fool(made.wave.float(), wave)
+            total = total + o.judging.fool * fool + o.judging.features * features
+            figures |= {"fool": fool, "features": features}
+        return Loss(total, {k: v.detach() for k, v in figures.items()})
+
+    def _fool(self, made: Tensor, wave: Tensor) -> tuple[Tensor, Tensor]:
+        """What the adversary says of a part of each crop: scores to raise, features to match."""
+        frames = min(self.options.judging.frames, self.options.frames)
+        size, start = self.config.frame_samples, int(torch.randint(self.options.frames - frames + 1, ()))
+        part = slice(start * size, (start + frames) * size)
+        self.heard = wave[:, part], made[:, part].detach()
+        adversary = self.modules[JUDGES]
+        with torch.no_grad():
+            real = adversary(wave[:, part])
+        verdicts = adversary(made[:, part])
+        return fooling_loss(verdicts), feature_loss(real, verdicts)
+
+    def _judge(self) -> Loss:
+        """The adversary's loss on what has just been made; it sits out the steps before it is used."""
+        if self.heard is None:
+            return Loss(torch.zeros((), device=self.device, requires_grad=True))
+        (wave, made), self.heard = self.heard, None
+        loss = judging_loss(self.modules[JUDGES](wave), self.modules[JUDGES](made))
+        return Loss(loss, {"judging": loss.detach()})
+
+    def validate(self) -> Figures:
+        """Mean distance of whole clips in ln mel, the others, the share of each codebook that is used."""
+        examples = self._examples(self.options.validated)
+        again = [self._again(example) for example in examples]
+        distances = [self.distance(made, wave) for wave, made, _ in again]
+        parts = torch.stack([torch.stack([d.mel, d.stft, d.convergence]) for d in distances]).mean(0).tolist()
+        codes = torch.cat([codes[0] for _, _, codes in again])
+        used = [len(c.unique()) / self.config.codebook_size for c in codes.T]
+        figures = dict(zip(("mel", "stft", "convergence"), parts, strict=True)) | {"used": float(np.mean(used))}
+        return figures | {f"used.{i}": share for i, share in enumerate(used)} | self._read_back(examples, again)
+
+    def _read_back(self, examples: list[Example], again: list[tuple[Tensor, Tensor, Tensor]]) -> Figures:
+        """Error rate of AuT on the clips as they were and as they came back, over all languages."""
+        if self.listener is None or self.listener.decoder is None:
+            return {}
+        figures = {}
+        for kind, sounds in (("wanted", [w for w, _, _ in again]), ("made", [m for _, m, _ in again])):
+            read = [self.listener.read(sound[0], self.setting.tokenizer) for sound in sounds]
+            rates = error_rates((e.text, text, e.language) for e, text in zip(examples, read, strict=True))
+            figures[f"error.{kind}"] = sum(rates.values()) / len(rates)
+        return figures
+
+    def sample(self, folder: Path, board: Any) -> None:
+        """A few clips as they were and as they came back: sound and pictures."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, example in enumerate(self._examples(4)):
+            rate, (wave, made, _) = self.config.sampling_rate, self._again(example)
+            for kind, sound in (("wanted", wave), ("made", made)):
+                write_audio(folder / f"{number}-{kind}.wav", sound[0].cpu().numpy(), rate)
+            board.add_audio(f"{number}", made[0], sample_rate=rate)
+            colours = picture(folder / f"{number}.png", wave[0], made[0], rate)
+            board.add_image(f"{number}, wanted above made", colours)
+
+    def _examples(self, count: int) -> list[Example]:
+        """The first `count` clips of each validation manifest."""
+        sources = self.setting.recipe.data.validation
+        return [Example(c, s.task) for s in sources for c in read_cuts(s.cuts, self.setting.cuts)[:count]]
+
+    def _again(self, example: Example) -> tuple[Tensor, Tensor, Tensor]:
+        """A clip as it was [1, N], as it comes back [1, N], and its codes [1, T, Q]."""
+        wave = torch.from_numpy(load_samples(example.cut, self.config.sampling_rate))[None].to(self.device)
+        codes = self.encode(wave)
+        return wave, self.decode(codes)[:, : wave.shape[1]].float(), codes
+
+
+# ------------------------------------------------------------------------------------------------ stages
+
+
+class CodecStage(SoundStage):
+    """Encoder and quantizer, heard through a cheap head."""
+
+    def __init__(self, setting: Setting) -> None:
+        torch.manual_seed(setting.recipe.seed)
+        config, decoder = read_codec_config(setting), code2wav_config(setting)
+        self.codec, self.code2wav, self.head = Codec(config), Code2Wav(decoder), SpectrumHead(decoder)
+        modules: dict[str, nn.Module] = {"codec": self.codec, "code2wav": self.code2wav, "head": self.head}
+        trained = ["codec", "code2wav.pre_transformer", "code2wav.upsample", "head"]
+        if "aut" in setting.recipe.init:
+            modules["semantic"] = nn.Linear(config.hidden_size, setting.config.audio.d_model)
+            trained.append("semantic")
+        begin(self.codec)
+        begin(self.code2wav)
+        super().__init__(setting, modules, trained)
+        self.quantized_from = round(self.options.quantize * self.plan.steps)
+
+    def make(self, wave: Tensor, step: int) -> Made:
+        """Through the quantizer, or past it while it is off."""
+        latents, figures = self.codec.encoder(wave), {}
+        if step < self.quantized_from:
+            x, semantic = self.codec.quantizer.project(latents)
+            loss = x.new_zeros(())
+        else:
+            generator = torch.Generator().manual_seed(self.setting.recipe.seed * 1_000_003 + step)
+            q = self.codec.quantizer(latents, generator)
+            x, semantic, commit = q.latents, q.semantic, q.commit_loss.mean()
+            loss, figures = self.options.commit * commit, {"commit": commit, "used": q.usage.mean()}
+        if self.listener is not None:
+            figures["semantic"] = self._taught(semantic, wave, self.listener)
+            loss = loss + self.options.semantic * figures["semantic"]
+        return Made(self.sound(x), loss, figures)
+
+    def _taught(self, semantic: Tensor, wave: Tensor, teacher: Listener) -> Tensor:
+        """How far the semantic codebook is from what AuT makes of the same moments: 1 - cosine."""
+        wanted = teacher.states_at(wave, self.config.frame_rate, semantic.shape[1])
+        return 1 - F.cosine_similarity(self.modules["semantic"](semantic).float(), wanted.float(), dim=-1).mean()
+
+    def sound(self, latents: Tensor) -> Tensor:
+        """Wave [R, N] of quantized latents [R, T, W]."""
+        x, tails = self.code2wav.pre_transformer(latents, None).transpose(1, 2), tails_of(None)
+        for layers in self.code2wav.upsample:
+            assert isinstance(layers, nn.ModuleList)
+            x = run_convolutions(layers, x, tails, SnakeBeta)
+        return self.head(x.transpose(1, 2))
+
+    def encode(self, wave: Tensor) -> Tensor:
+        """Codes, also while the quantizer is off: nothing is good before codes carry it."""
+        return self.codec.encode(wave)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Through the head."""
+        return self.sound(self.codec.quantizer.decode(codes))
+
+
+class Code2WavStage(SoundStage):
+    """Code2Wav on the codes of a trained codec."""
+
+    def __init__(self, setting: Setting) -> None:
+        recipe = setting.recipe
+        if "codec" not in recipe.init:
+            raise ConfigError(f"{recipe.name}: init names no codec; give the run whose codes Code2Wav is to speak")
+        torch.manual_seed(recipe.seed)
+        self.codec, self.code2wav = Codec(read_codec_config(setting)), Code2Wav(code2wav_config(setting))
+        begin(self.code2wav)
+        super().__init__(setting, {"codec": self.codec, "code2wav": self.code2wav}, ["code2wav"])
+        self.codec.requires_grad_(False)
+        if not {"code2wav", "code2wav.code_embedding"} & set(recipe.init):
+            embed_codebooks(self.code2wav, self.codec)
+
+    def make(self, wave: Tensor, step: int) -> Made:
+        """Codes to sound."""
+        return Made(self.code2wav(self.encode(wave)), wave.new_zeros(()))
+
+    def encode(self, wave: Tensor) -> Tensor:
+        """The codes that the Talker is trained on."""
+        return self.codec.encode(wave)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """As in conversation."""
+        return self.code2wav(codes)
+
+
+# ----------------------------------------------------------------------------------------------- modules
+
+
+class SpectrumHead(nn.Module):
+    """Features of Code2Wav's last upsampling -> wave by inverse STFT: quick to train, and as causal as Code2Wav."""
+
+    window: Tensor
+
+    def __init__(self, config: Code2WavConfig, hops: int = 2, overlap: int = 4) -> None:
+        super().__init__()
+        step = config.frame_samples // math.prod(config.upsampling_ratios)
+        self.hops, self.overlap, self.hop = hops, overlap, step // hops
+        self.size = self.hop * overlap
+        self.out = nn.Linear(config.hidden_size, hops * 2 * (self.size // 2 + 1))
+        self.register_buffer("window", torch.hann_window(self.size), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[R, steps, W] -> wave [R, N]; a window begins where its hop does, so nothing is heard ahead of its step."""
+        log_magnitude, phase = self.out(x).float().unflatten(-1, (self.hops, 2, -1)).flatten(1, 2).unbind(2)
+        windows = torch.fft.irfft(torch.polar(log_magnitude.exp(), phase), n=self.size) * self.window
+        parts = windows.unflatten(-1, (self.overlap, self.hop)).unbind(2)  # each [R, hops, hop samples]
+        shifted = [F.pad(part, (0, 0, i, 0))[:, : part.shape[1]] for i, part in enumerate(parts)]
+        return torch.stack(shifted).sum(0).flatten(1)
+
+
+@torch.no_grad()
+def begin(box: Codec | Code2Wav) -> None:
+    """Fresh weights: of standard deviation 1/sqrt(fan-in), branches that start small, no biases."""
+    gains = {"encoder.encoder.layers.0.conv": 1 / LOUDNESS}
+    if isinstance(box, Code2Wav):
+        gains = {f"decoder.{len(box.decoder) - 1}.conv": LOUDNESS}
+    for name, module in box.named_modules():
+        if isinstance(module, nn.Conv1d | nn.ConvTranspose1d | nn.Linear):
+            fan = module.weight[0].numel()
+            if isinstance(module, nn.ConvTranspose1d):  # each output meets a part of the kernel of every input
+                fan = module.in_channels * module.kernel_size[0] / module.stride[0]
+            gain = BRANCH if name.endswith(CLOSING) else gains.get(name, 1.0)
+            nn.init.normal_(module.weight, std=gain * fan**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, ConvNeXtBlock):
+            module.gamma.fill_(BRANCH)
+
+
+@torch.no_grad()
+def embed_codebooks(code2wav: Code2Wav, codec: Codec) -> None:
+    """Code2Wav's embedding such that the mean over the codebooks is what the quantizer makes of the codes."""
+    tables = codec.quantizer.tables()
+    code2wav.code_embedding.weight.copy_(len(tables) * tables.flatten(0, 1))
+
+
+def listening_modules(setting: Setting, decoder: dict[str, Any]) -> tuple[AuT | None, TextDecoder | None]:
+    """AuT, and its text decoder of sizes `decoder`, each if the recipe begins it from a run."""
+    init, c = setting.recipe.init, setting.config
+    aut = AuT(c.audio) if "aut" in init else None
+    if "decoder" not in init:
+        return aut, None
+    sizes = {"vocab_size": c.text.vocab_size, **decoder}
+    config = read_fields(TextDecoderConfig, sizes, f"{setting.recipe.name}.options.decoder")
+    return aut, TextDecoder(config, c.audio.d_model)
+
+
+# --------------------------------------------------------------------------------------- sizes and sound
+
+
+def read_codec_config(setting: Setting) -> CodecConfig:
+    """Sizes of the encoder and the quantizer."""
+    return parse_codec_config(read_json(setting.run_of(TOKENIZER) / CODEC_SIZES))
+
+
+def code2wav_config(setting: Setting) -> Code2WavConfig:
+    """Sizes of Code2Wav.
+
+    Raises:
+        ConfigError: there are none, or they do not go with the codec's.
+    """
+    codec, code2wav = read_codec_config(setting), setting.config.code2wav
+    if code2wav is None:
+        raise ConfigError(f"{setting.recipe.name}: config.json has no code2wav_config; add it to the recipe's model")
+    for ours, theirs in (
+        ("hidden_size", "hidden_size"),
+        ("codebook_size", "codebook_size"),
+        ("num_quantizers", "num_quantizers"),
+        ("frame_samples", "frame_samples"),
+        ("sampling_rate", "sample_rate"),
+    ):
+        if (a := getattr(codec, ours)) != (b := getattr(code2wav, theirs)):
+            raise ConfigError(f"{CODEC_SIZES}: {ours} is {a}, but code2wav_config has {b}; they must agree")
+    return code2wav
+
+
+def crop(samples: Samples, size: int, place: float) -> Samples:
+    """`size` samples of a clip [N], from `place` (0 to 1) between its beginning and its end; silence around it."""
+    beyond = size // BEYOND
+    around = np.pad(samples, (beyond, max(beyond, size - len(samples) - beyond)))
+    start = int(place * (len(around) - size + 1))
+    return around[start : start + size]
+
+
+def picture(path: Path, wanted: Tensor, made: Tensor, sample_rate: int) -> Tensor:
+    """Spectrograms of two waves [N], the first above the second, as a PNG file and as colours [3, height, width]."""
+    from matplotlib import colormaps
+    from matplotlib.image import imsave
+
+    spectrum = Spectrum(sample_rate, 1024).to(wanted.device)
+    decibels = [20 * (spectrum(wave[None])[0].flip(0) + FLOOR).log10() for wave in (wanted, made)]
+    shade = ((torch.cat(decibels) + DARK) / (DARK - BRIGHT)).clamp(0, 1)
+    colours = colormaps["magma"](shade.cpu().numpy())
+    imsave(path, colours)
+    return torch.from_numpy(colours[..., :3]).permute(2, 0, 1)
