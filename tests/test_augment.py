@@ -205,6 +205,7 @@ def test_lost_packets_are_silent():
     lengths = (edges[1::2] - edges[::2]) / RATE
     assert 10 < len(lengths) < 30
     assert lengths.min() >= 0.0199
+    assert np.percentile(lengths, 80) <= 0.0601  # the longest may be two that touch
     assert set(np.unique(lost)) == {0, 1}
 
 
