@@ -21,7 +21,7 @@ from antiphon.code2wav import Code2Wav
 from antiphon.config import Code2WavConfig, OmniConfig, TalkerConfig
 from antiphon.errors import InputError
 from antiphon.mtp import MTP
-from antiphon.talker import NO_CODE, Rows, Talker
+from antiphon.talker import CLONED, Rows, Talker
 from antiphon.thinker import Thinker
 from antiphon.tokenizer import Tokenizer
 
@@ -124,8 +124,10 @@ class Boxes(nn.Module):
         heard = heard if user is None else heard & user
         return x.masked_scatter(heard[:, None], audio.to(x.dtype))
 
-    def embed_rows(self, rows: Rows, accept: Tensor | None = None) -> Tensor:
+    def embed_rows(self, rows: Rows, accept: Tensor | None = None, voices: Tensor | None = None) -> Tensor:
         """Talker's input [1, T, W] of laid-out rows; `accept` [T, U] holds the accept layer's states for audio rows.
+
+        `voices` [n, W] go, in order, where the codec channel says CLONED.
 
         Rows without a control id have nothing on the codec channel; the caller adds the frames' codes.
         """
@@ -136,5 +138,7 @@ class Boxes(nn.Module):
         heard = text == self.config.audio_token_id
         if accept is not None and bool(heard.any()):
             x[heard] = talker.hidden_projection(accept[heard])
-        x = x + talker.model.codec_embedding(codec.clamp(min=0)) * (codec != NO_CODE)[:, None]
+        x = x + talker.model.codec_embedding(codec.clamp(min=0)) * (codec >= 0)[:, None]
+        if voices is not None:
+            x = x.index_add(0, (codec == CLONED).nonzero()[:, 0], voices.to(x.dtype))
         return x[None]

@@ -22,24 +22,38 @@ import numpy as np
 
 from antiphon.audio import Samples, write_audio
 from antiphon.errors import ConfigError
-from antiphon.train import espeak, music, noises
+from antiphon.train import dialog, espeak, music, noises
 from antiphon.train.augment import Augment, augment
 from antiphon.train.data import resample
+from antiphon.train.dialog import DIALOG_LANGUAGES
+from antiphon.train.dialog import KINDS as KINDS_OF_DIALOG
 from antiphon.train.recipe import read_fields, read_yaml_table
-from antiphon.train.world import LANGUAGES, Sentence, check_split, sentences, vocabulary
+from antiphon.train.world import (
+    LANGUAGES,
+    SHARE,
+    Sentence,
+    check_split,
+    number_words,
+    say,
+    sentences,
+    share_of,
+    vocabulary,
+)
 
 SHARD = 200  # clips in a wav file
 GAP = 0.05  # seconds of silence between them
+DIGITS = (2, 6)  # how many are said, from the first to below the second
 
 
 @dataclass(frozen=True)
 class Set:
     """One manifest of a corpus."""
 
-    kind: str  # speech, music, sound, over (speech over an everyday sound)
+    kind: str  # speech, music, sound, over (speech over an everyday sound), dialog, digits
     count: int  # clips, of each language where there are languages
     split: str = "train"  # of the world's sentences; timbres and sounds are "train" or "held-out" with the voices
     languages: tuple[str, ...] = ()
+    dialogs: tuple[str, ...] = ()  # kinds of dialog; all by default
     voices: str = "train"  # train, held-out, flite
     augment: float = 0.0  # share of clips that are augmented
     rate: int = 16000
@@ -53,49 +67,50 @@ class Corpus:
     sets: dict[str, Any]
     seed: int = 0
 
-    def read(self) -> dict[str, Set]:
-        """The sets, checked."""
-        return {name: read_fields(Set, value, f"sets.{name}") for name, value in self.sets.items()}
-
 
 @dataclass(frozen=True)
 class Clip:
-    """A sound and what is known of it."""
+    """A sound and what is known of it: one supervision, or `parts` that stand in it one after another."""
 
     samples: Samples  # at espeak.RATE
     text: str
     language: str | None = None
     speaker: str | None = None
     custom: dict[str, Any] = field(default_factory=dict)
+    parts: tuple[Clip, ...] = ()
 
 
 def read_corpus(path: Path) -> dict[str, Set]:
-    """Sets of a corpus recipe, each with its seed.
+    """Sets of a corpus recipe.
 
     Raises:
         ConfigError: a set that cannot be made; the sentence says why.
     """
-    corpus = read_fields(Corpus, read_yaml_table(path), path.name)
-    sets = {}
-    for name, value in corpus.read().items():
-        if value.kind not in KINDS:
-            raise ConfigError(f"sets.{name}.kind is {value.kind!r}; expected one of {', '.join(KINDS)}")
-        if unknown := set(value.languages) - set(LANGUAGES):
-            raise ConfigError(
-                f"sets.{name}: no language {', '.join(sorted(unknown))}; there are {', '.join(LANGUAGES)}"
-            )
-        if value.kind in ("speech", "over") and not value.languages:
-            raise ConfigError(f"sets.{name}.languages is missing; name at least one")
-        sets[name] = replace(value, seed=corpus.seed + value.seed)
-    return sets
+    return read_sets(read_yaml_table(path), path.name)
 
 
-def make_corpus(path: Path, out: Path, jobs: int, progress: Callable[[int, int], None]) -> dict[str, Path]:
-    """Make every set of the recipe at `path` in `out`; `progress(done, all)` counts shards.
+def read_sets(table: dict[str, Any], where: str) -> dict[str, Set]:
+    """The sets in a table {seed: …, sets: {name: …}}, each with its own seed."""
+    corpus = read_fields(Corpus, table, where)
+    return {name: _checked(value, f"{where}: sets.{name}", corpus.seed) for name, value in corpus.sets.items()}
+
+
+def _checked(value: Any, where: str, seed: int) -> Set:
+    s = read_fields(Set, value, where)
+    if s.kind not in KINDS:
+        raise ConfigError(f"{where}.kind is {s.kind!r}; expected one of {', '.join(KINDS)}")
+    if unknown := set(s.languages) - set(LANGUAGES):
+        raise ConfigError(f"{where}: no language {', '.join(sorted(unknown))}; there are {', '.join(LANGUAGES)}")
+    if s.kind in ("speech", "over", "digits") and not s.languages:
+        raise ConfigError(f"{where}.languages is missing; name at least one")
+    return replace(s, seed=seed + s.seed)
+
+
+def make_corpus(sets: dict[str, Set], out: Path, jobs: int, progress: Callable[[int, int], None]) -> dict[str, Path]:
+    """Make every set in `out`; `progress(done, all)` counts shards.
 
     Returns the manifests by name.
     """
-    sets = read_corpus(path)
     out.mkdir(parents=True, exist_ok=True)
     work = [(out, name, s, shard) for name, s in sets.items() for shard in range(shards_of(s))]
     with ProcessPoolExecutor(jobs) as pool:
@@ -151,12 +166,19 @@ def make_shard(out: Path, name: str, s: Set, shard: int) -> None:
 
 def _cut(name: str, clip: Clip, start: float, duration: float, recording: dict[str, Any]) -> str:
     """A lhotse MonoCut as a line of its manifest."""
-    about = {"label_source": "synthetic", "teacher": None, "score": None, **clip.custom}
-    place = {"start": 0.0, "duration": duration, "channel": 0, "recording_id": recording["id"]}
-    said = {"text": clip.text, "language": clip.language, "speaker": clip.speaker, "custom": about}
-    cut = {"id": name, "start": start, "duration": duration, "channel": 0, "type": "MonoCut"}
-    cut |= {"supervisions": [{"id": name, **place, **said}], "recording": recording}
-    return json.dumps(cut, ensure_ascii=False)
+    cut: dict[str, Any] = {"id": name, "start": start, "duration": duration, "channel": 0, "type": "MonoCut"}
+    cut["supervisions"] = []
+    at = 0.0
+    for i, part in enumerate(clip.parts or (clip,)):
+        about = {"label_source": "synthetic", "teacher": None, "score": None, **part.custom}
+        seconds = len(part.samples) / espeak.RATE if clip.parts else duration
+        place = {"id": f"{name}-{i}", "recording_id": recording["id"], "start": at, "duration": seconds, "channel": 0}
+        said = {"text": part.text, "language": part.language, "speaker": part.speaker, "custom": about}
+        cut["supervisions"].append({**place, **said})
+        at += seconds
+    if clip.parts:
+        cut["custom"] = clip.custom
+    return json.dumps({**cut, "recording": recording}, ensure_ascii=False)
 
 
 def _join(out: Path, name: str, count: int) -> None:
@@ -181,24 +203,40 @@ def make_clip(name: str, s: Set, index: int) -> Clip:
     key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([s.seed, key, index])))
     clip = KINDS[s.kind](s, index, rng)
-    if rng.random() < s.augment:
-        samples = augment(clip.samples, espeak.RATE, rng, Augment())
-        return replace(clip, samples=samples, custom={**clip.custom, "augmented": True})
-    return clip
+    return clip if clip.parts else augmented(clip, s, rng)
+
+
+def augmented(clip: Clip, s: Set, rng: np.random.Generator) -> Clip:
+    """The clip, or in a share of cases the clip as a room, a line or a network left it."""
+    if rng.random() >= s.augment:
+        return clip
+    samples = augment(clip.samples, espeak.RATE, rng, Augment())
+    return replace(clip, samples=samples, custom={**clip.custom, "augmented": True})
 
 
 def speech(s: Set, index: int, rng: np.random.Generator) -> Clip:
     """A sentence of the world in a voice of the set."""
     language = s.languages[index % len(s.languages)]
     sentence = _said(language, s.split, s.count, s.seed)[index // len(s.languages)]
-    custom = {"template": sentence.template, "split": sentence.split}
+    return spoken(sentence, draw_voice(s, rng))
+
+
+def draw_voice(s: Set, rng: np.random.Generator) -> espeak.Voice | str:
+    """A voice of the set: espeak-ng's, or the name of one of flite's."""
     if s.voices == "flite":
-        voice = espeak.FLITE_VOICES[int(rng.integers(len(espeak.FLITE_VOICES)))]
-        return Clip(espeak.flite_say(sentence.spoken, voice), sentence.text, language, f"flite-{voice}", custom)
-    variants = espeak.HELD_OUT_VARIANTS if s.voices == "held-out" else espeak.TRAIN_VARIANTS
-    voice = espeak.draw_voice(rng, variants)
-    speaker = f"{voice.variant or 'plain'}-{voice.pitch}"
-    return Clip(espeak.say(sentence.spoken, LANGUAGES[language].espeak, voice), sentence.text, language, speaker, custom)
+        return espeak.FLITE_VOICES[int(rng.integers(len(espeak.FLITE_VOICES)))]
+    return espeak.draw_voice(rng, espeak.HELD_OUT_VARIANTS if s.voices == "held-out" else espeak.TRAIN_VARIANTS)
+
+
+def spoken(sentence: Sentence, voice: espeak.Voice | str, speaker: str | None = None) -> Clip:
+    """A sentence in a voice."""
+    custom = {"template": sentence.template, "split": sentence.split}
+    if isinstance(voice, str):
+        samples, name = espeak.flite_say(sentence.spoken, voice), f"flite-{voice}"
+    else:
+        samples = espeak.say(sentence.spoken, LANGUAGES[sentence.language].espeak, voice)
+        name = f"{voice.variant or 'plain'}-{voice.pitch}"
+    return Clip(samples, sentence.text, sentence.language, speaker or name, custom)
 
 
 @lru_cache(maxsize=64)
@@ -215,6 +253,25 @@ def over(s: Set, index: int, rng: np.random.Generator) -> Clip:
     return replace(clip, samples=samples, custom={**clip.custom, "sound": kind})
 
 
+def digits(s: Set, index: int, rng: np.random.Generator) -> Clip:
+    """A few digits, and the same digits said back: the smallest world there is."""
+    language, user = s.languages[index % len(s.languages)], draw_voice(s, rng)
+    share = SHARE[check_split(s.split)]
+    while True:  # until the digits are of the split
+        words = [number_words(int(n), language) for n in rng.integers(0, 10, int(rng.integers(*DIGITS)))]
+        said = say(" ".join(words), language, f"{language}.digits", check_split(s.split))
+        if share_of(said.text) == share:
+            break
+    name = list(espeak.PRESETS)[int(rng.integers(len(espeak.PRESETS)))]
+    parts = (augmented(spoken(said, user), s, rng), spoken(said, espeak.PRESETS[name], name))
+    messages = [
+        {"role": "user", "content": [{"type": "audio", "supervision": 0}]},
+        {"role": "assistant", "content": said.text, "supervision": 1, "voice": name},
+    ]
+    samples = np.concatenate([part.samples for part in parts])
+    return Clip(samples, "", language, None, {"messages": messages, "language": language}, parts)
+
+
 def tune(s: Set, index: int, rng: np.random.Generator) -> Clip:
     """A melody with chords, described."""
     samples, labels = music.compose(rng, timbres(s))
@@ -226,6 +283,56 @@ def sound(s: Set, index: int, rng: np.random.Generator) -> Clip:
     kind = noises.KINDS[index % len(noises.KINDS)]
     samples = noises.render(kind, float(rng.uniform(1.5, 4.0)), rng, timbres(s))
     return Clip(samples, describe_sound(kind), custom={"sound": kind})
+
+
+def conversation(s: Set, index: int, rng: np.random.Generator) -> Clip:
+    """A dialog: what the user says and plays, then what is replied, all in one clip, and the messages they make up.
+
+    A message's audio part names the supervision that holds it, and so does the assistant's message that is spoken.
+    """
+    languages = s.languages or DIALOG_LANGUAGES
+    kinds = s.dialogs or tuple(KINDS_OF_DIALOG)
+    language, rest = languages[index % len(languages)], index // len(languages)
+    kind = kinds[rest % len(kinds)]
+    count = -(-s.count // len(kinds))
+    talk = _talked(language, kind, s.split, count, s.seed)[rest // len(kinds)]
+    user, name = draw_voice(s, rng), list(espeak.PRESETS)[int(rng.integers(len(espeak.PRESETS)))]
+    messages: list[dict[str, Any]] = [{"role": "system", "content": talk.system}] if talk.system else []
+    parts: list[Clip] = []
+    for turn in talk.turns:
+        messages += [{"role": "tool", "content": result} for result in turn.results]
+        asked = [played(turn.clip, s, rng)] if turn.clip else []
+        asked += [augmented(spoken(turn.question, user), s, rng)] if turn.question else []
+        if asked:
+            content = [{"type": "audio", "supervision": len(parts) + i} for i in range(len(asked))]
+            messages.append({"role": "user", "content": content})
+            parts += asked
+        reply: dict[str, Any] = {"role": "assistant", "content": turn.answer}
+        if turn.reply:
+            reply |= {"supervision": len(parts), "voice": name}
+            parts.append(spoken(turn.reply, espeak.PRESETS[name], name))
+        messages.append(reply)
+    custom = {"messages": messages, "kind": talk.kind, "template": talk.template, "split": talk.split}
+    samples = np.concatenate([part.samples for part in parts])
+    return Clip(samples, "", language, None, {**custom, "language": language}, tuple(parts))
+
+
+def played(clip: dialog.Clip, s: Set, rng: np.random.Generator) -> Clip:
+    """What is played before a question."""
+    if clip.sentence is not None:
+        return spoken(clip.sentence, draw_voice(s, rng))
+    if clip.kind == "music":
+        wanted: dict[str, Any] = dict(clip.labels)
+        samples, labels = music.compose(rng, timbres(s), **wanted)
+        return Clip(samples, describe_music(labels), custom=asdict(labels))
+    kind = str(clip.labels["sound"])
+    samples = noises.render(kind, float(rng.uniform(1.5, 3.0)), rng, timbres(s))
+    return Clip(samples, describe_sound(kind), custom={"sound": kind})
+
+
+@lru_cache(maxsize=256)
+def _talked(language: str, kind: str, split: str, count: int, seed: int) -> list[dialog.Dialog]:
+    return dialog.dialogs(language, kind, check_split(split), count, seed)
 
 
 def timbres(s: Set) -> Any:
@@ -244,4 +351,4 @@ def describe_sound(kind: str) -> str:
     return f"sound of {kind}"
 
 
-KINDS = {"speech": speech, "over": over, "music": tune, "sound": sound}
+KINDS = {"speech": speech, "over": over, "music": tune, "sound": sound, "dialog": conversation, "digits": digits}

@@ -97,7 +97,10 @@ def _resampler(source: int, target: int) -> Resampler:
 
 
 class Mix:
-    """Batches drawn from several sources; source s has a share `weight` of the seconds."""
+    """Batches drawn from several sources; source s has a share `weight` of the seconds.
+
+    With `batch_seconds` 0 a batch is one example, as likely as it is long: for crops, which are of one length.
+    """
 
     def __init__(self, data: Data, sources: Sequence[Source], root: Path, seed: int, rank: int = 0) -> None:
         self.data, self.seed, self.rank = data, seed, rank
@@ -110,19 +113,19 @@ class Mix:
         self.edges = _edges(pools, [s.weight for s in sources])
         self.cells = [_split(pool, self.edges) for pool in pools]  # [source][bucket] -> examples
         seconds = np.array([[sum(e.cut.duration for e in cell) for cell in row] for row in self.cells])
-        weight = np.array([s.weight for s in sources])[:, None]
-        self.share = weight * seconds / seconds.sum(1, keepdims=True)  # [source, bucket] of the seconds
-        self.share /= self.share.sum()
+        examples = np.array([[len(cell) for cell in row] for row in self.cells])
+        weights = np.array([s.weight for s in sources])[:, None] / seconds.sum(1, keepdims=True)
+        self.rates = weights * (examples if data.batch_seconds else seconds)  # [source, bucket]: share of the examples
+        self.sizes = np.maximum(1, (data.batch_seconds / self.edges).astype(int))  # examples per batch of a bucket
 
     def draw(self, step: int) -> list[Example]:
-        """The examples of one step: about `batch_seconds` when padded to the longest."""
+        """The examples of one step: at most `batch_seconds` when padded to the longest, one at least."""
         random = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, step, self.rank])))
-        bucket = _pick(self.share.sum(0), random.random())
-        count = max(1, int(self.data.batch_seconds / self.edges[bucket]))
-        shares = self.share[:, bucket]
+        bucket = _pick(self.rates.sum(0) / self.sizes, random.random())
+        count = self.sizes[bucket]
         places = (np.arange(count) + random.random()) / count  # evenly spread: each batch keeps the shares
         picks = random.random(count)
-        cells = [self.cells[_pick(shares, p)][bucket] for p in places]
+        cells = [self.cells[_pick(self.rates[:, bucket], p)][bucket] for p in places]
         return [cell[int(p * len(cell))] for cell, p in zip(cells, picks, strict=True)]
 
 

@@ -31,6 +31,7 @@ AHEAD = 4  # batches prepared while the current one is used
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's memory of a parameter
 STATE = "last.safetensors"  # weights, their averages, AdamW's moments: all that a run needs to go on
 BEST = "best.safetensors"  # weights of the best validation; what later stages and the export read
+LOG = "log.jsonl"  # one line of figures per step that had any
 Figures = dict[str, float]
 
 
@@ -103,6 +104,10 @@ class Run:
             player: {n: p for n, p in self.weights.items() if any(n == m or n.startswith(f"{m}.") for m in modules)}
             for player, modules in stage.players().items()
         }
+        for player, weights in self.players.items():
+            if not weights:
+                raise ConfigError(f"{recipe.name}: there is nothing left for {player!r} to train; freeze less")
+        self.frozen = [m for m in stage.modules.modules() if _is_frozen(m)]
         plan = recipe.optimization
         self.optimizers = {p: _adamw(weights, plan) for p, weights in self.players.items()}
         self.average = {n: p.detach().clone() for n, p in self.weights.items()} if plan.average else {}
@@ -126,23 +131,24 @@ class Run:
 
         Raises:
             ConfigError: it was written by another recipe.
+            WeightsError: it was written for a model of other sizes.
         """
         path = self.folder / STATE
         if not path.exists():
             return
         about = json.loads(read_metadata(path, "run"))
         if about["recipe"] != self.recipe.fingerprint:
-            raise ConfigError(f"{self.folder} holds a run of another recipe; give --out another folder or remove it")
+            raise ConfigError(f"{self.folder} holds a run of another recipe; give --runs another folder or remove it")
         tensors = read_safetensors(path)
+        _fill(self.stage.modules, tensors, "model.", path)
         self.step, self.best = about["step"], about["best"]
-        self.stage.modules.load_state_dict({n[6:]: t for n, t in tensors.items() if n.startswith("model.")})
         for n, average in self.average.items():
             average.copy_(tensors[f"average.{n}"])
         for player, weights in self.players.items():
             memory = self.optimizers[player].state
             for n, p in weights.items():
                 if f"adamw.{n}.step" in tensors:
-                    memory[p] = {m: tensors[f"adamw.{n}.{m}"].to(p.device if m != "step" else "cpu") for m in MOMENTS}
+                    memory[p] = {m: tensors[f"adamw.{n}.{m}"].to(p.device) for m in MOMENTS}
 
     def advance(self, batch: Any) -> dict[str, Tensor]:
         """One step of every player; returns the figures to show."""
@@ -161,10 +167,18 @@ class Run:
                 optimizer.step()
             optimizer.zero_grad()
             figures |= loss.figures | {f"{player}/norm": norm}
+        for p in self.weights.values():
+            p.requires_grad_(True)
         for n, average in self.average.items():
             average.lerp_(self.weights[n].detach(), 1 - min(plan.average, (1 + self.step) / (10 + self.step)))
         self.step += 1
         return figures
+
+    def learn(self) -> None:
+        """Training mode; frozen modules stay as they are used, so that their statistics do not move either."""
+        self.stage.modules.train()
+        for module in self.frozen:
+            module.eval()
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -177,7 +191,7 @@ class Run:
             with torch.inference_mode():
                 yield
         finally:
-            self.stage.modules.train()
+            self.learn()
             for n, weight in kept.items():
                 self.weights[n].data.copy_(weight)
 
@@ -191,6 +205,12 @@ class Run:
                 about = {"step": self.step, "recipe": self.recipe.fingerprint, "figures": figures}
                 _write(self.folder / BEST, self.stage.modules.state_dict(), {"run": json.dumps(about)})
         return figures
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    """Whether it has weights and none of them moves."""
+    moves = [p.requires_grad for p in module.parameters()]
+    return bool(moves) and not any(moves)
 
 
 def _adamw(weights: dict[str, nn.Parameter], plan: Optimization) -> torch.optim.AdamW:
@@ -219,12 +239,18 @@ def load_weights(module: nn.Module, run: Path, name: str) -> None:
     path = run / BEST
     if not path.exists():
         raise WeightsError(f"{run} has no {BEST} yet; train that stage first")
-    tensors = {n.removeprefix(f"{name}."): t for n, t in read_safetensors(path).items() if n.startswith(f"{name}.")}
-    wanted = {n: tuple(t.shape) for n, t in module.state_dict().items()}
-    found = {n: tuple(t.shape) for n, t in tensors.items()}
-    if wanted != found:
-        odd = sorted(set(wanted.items()) ^ set(found.items()))[0]
-        raise WeightsError(f"{path}: {name}.{odd[0]} does not fit this recipe's sizes")
+    _fill(module, read_safetensors(path), f"{name}.", path)
+
+
+def _fill(module: nn.Module, tensors: dict[str, Tensor], prefix: str, path: Path) -> None:
+    """Fill `module` from those of the tensors whose names begin with `prefix`."""
+    tensors = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    wanted = {n: list(t.shape) for n, t in module.state_dict().items()}
+    found = {n: list(t.shape) for n, t in tensors.items()}
+    for n in sorted(wanted | found):
+        if wanted.get(n) != found.get(n):
+            here, there = wanted.get(n, "nowhere"), found.get(n, "missing")
+            raise WeightsError(f"{path} does not fit this recipe: {prefix}{n} is {there} in it and {here} in the model")
     module.load_state_dict(tensors)
 
 
@@ -236,25 +262,26 @@ def train(stage: Stage, recipe: Recipe, folder: Path, *, quiet: bool = False) ->
     folder.mkdir(parents=True, exist_ok=True)
     run, plan = Run(stage, recipe, folder), recipe.optimization
     run.restore()
-    board = SummaryWriter(str(folder / "board"), purge_step=run.step)
+    _forget_after(run.step, folder / LOG)
+    board = SummaryWriter(str(folder / "board"), purge_step=run.step + 1)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), disable=quiet) as progress:
         bar = progress.add_task(recipe.name, total=plan.steps, completed=run.step, figures="")
-        stage.modules.train()
-        clock, shown = time.monotonic(), {}
+        run.learn()
+        clock, shown = time.monotonic(), dict[str, float]()
         for step, batch in prepared(stage.batch, run.step, plan.steps):
             seeded(recipe.seed, step)
             figures = run.advance(batch)
-            last = run.step == plan.steps
+            last, news = run.step == plan.steps, dict[str, float]()
             if run.step % plan.log_every == 0 or last:
-                shown = {k: float(v) for k, v in figures.items()} | {"lr": learning_rate(plan, step)}
-                shown["steps/s"] = plan.log_every / (time.monotonic() - clock)
+                news = {k: float(v) for k, v in figures.items()} | {"lr": learning_rate(plan, step)}
+                news["steps/s"] = plan.log_every / (time.monotonic() - clock)
                 clock = time.monotonic()
-                _log(board, folder, run.step, shown)
             if run.step % plan.validate_every == 0 or last:
-                figures = {f"val/{k}": v for k, v in run.judge().items()}
-                _log(board, folder, run.step, figures)
-                shown |= figures
+                news |= {f"val/{k}": v for k, v in run.judge().items()}
+            if news:
+                _log(board, folder / LOG, run.step, news)
+                shown |= news
             if run.step % plan.sample_every == 0 or last:
                 with run.averaged():
                     stage.sample(folder / "samples" / f"{run.step:06d}", board)
@@ -265,11 +292,23 @@ def train(stage: Stage, recipe: Recipe, folder: Path, *, quiet: bool = False) ->
     return run
 
 
-def _log(board: Any, folder: Path, step: int, figures: Figures) -> None:
+def _log(board: Any, path: Path, step: int, figures: Figures) -> None:
     for name, value in figures.items():
         board.add_scalar(name, value, step)
-    with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, **{k: round(v, 5) for k, v in figures.items()}}) + "\n")
+    line = {k: float(f"{v:.5g}") if math.isfinite(v) else None for k, v in figures.items()}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, **line}) + "\n")
+
+
+def _forget_after(step: int, path: Path) -> None:
+    """Take out of the log what a killed run did after the state it goes on from, half a line included."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    part = path.with_name(f"{path.name}.part")
+    part.write_text("".join(kept), encoding="utf-8")
+    os.replace(part, path)
 
 
 def _brief(figures: Figures) -> str:

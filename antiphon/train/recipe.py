@@ -39,7 +39,7 @@ class Optimization:
             raise ConfigError("optimization: steps and the *_every intervals must be 1 or more")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"optimization.dtype is {self.dtype!r}; expected auto, float32 or bfloat16")
-        if self.lr <= 0 or not 0 <= self.average < 1:
+        if not self.lr > 0 or not 0 <= self.average < 1:
             raise ConfigError("optimization: lr must be above 0, average from 0 to below 1")
 
     def autocast(self, device: torch.device) -> torch.autocast:
@@ -74,6 +74,9 @@ class Data:
     max_seconds: float = 30.0
 
 
+NO_OPTIMIZATION = Optimization(1, 1.0)  # of a tokenizer, which has no weights
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One training run."""
@@ -81,13 +84,17 @@ class Recipe:
     name: str
     stage: str
     data: Data
-    optimization: Optimization = Optimization(1, 1.0)  # the tokenizer needs none
+    optimization: Optimization = NO_OPTIMIZATION
     model: str = "model.json"  # config.json of the whole model, beside the recipe
     options: dict[str, Any] = field(default_factory=dict)  # what only this stage knows
     init: dict[str, str] = field(default_factory=dict)  # module -> run it starts from
     freeze: tuple[str, ...] = ()  # modules that do not move
     seed: int = 0
     threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.optimization is NO_OPTIMIZATION and self.stage != "tokenizer":
+            raise ConfigError(f"{self.name}.optimization is missing; a stage with weights needs steps and lr")
 
     @property
     def fingerprint(self) -> str:
@@ -115,8 +122,11 @@ def read_yaml_table(path: Path) -> dict[str, Any]:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError:
         raise ConfigError(f"there is no recipe {path}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{path} is not YAML: {error.problem} in line {line}") from None
+    except (UnicodeError, yaml.YAMLError):  # bytes or characters that no text has
+        raise ConfigError(f"{path} is not YAML; expected text in UTF-8") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} is not a recipe; expected a table of settings")
     return value
@@ -151,6 +161,8 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         if len(kinds) != len(value):
             raise ConfigError(f"{where} should have {len(kinds)} values")
         return tuple(_typed(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if origin is dict and inner[1] is not Any and isinstance(value, dict):
+        return {_typed(str, k, f"a name in {where}"): _typed(inner[1], v, f"{where}.{k}") for k, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text

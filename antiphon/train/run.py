@@ -3,48 +3,93 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from antiphon.errors import ConfigError
+from antiphon.train.corpus import Set, read_corpus, read_sets
 from antiphon.train.data import Example, read_cuts
+from antiphon.train.export import export
 from antiphon.train.loop import Stage, train
-from antiphon.train.recipe import Recipe, read_recipe, read_yaml_table
+from antiphon.train.recipe import Recipe, read_fields, read_recipe, read_yaml_table
 from antiphon.train.stages.aut import AuTStage
+from antiphon.train.stages.codec import CODEC_SIZES, Code2WavStage, CodecStage
 from antiphon.train.stages.common import Setting
+from antiphon.train.stages.speech import SpeechStage
+from antiphon.train.stages.thinker import ThinkerStage
 from antiphon.train.text import fill_ids, train_tokenizer, transcript, write_config
 
-STAGES: dict[str, Callable[[Setting], Stage]] = {"aut": AuTStage}
+STAGES: dict[str, Callable[[Setting], Stage]] = {
+    "aut": AuTStage,
+    "codec": CodecStage,
+    "code2wav": Code2WavStage,
+    "thinker": ThinkerStage,
+    "speech": SpeechStage,
+}
 ORDER = "order.yaml"  # in a folder of recipes: which, one after another
+CORPUS = "corpus.yaml"  # in a folder of recipes: what they are trained on
 
 
-def recipes_in(path: Path) -> list[Path]:
-    """The recipe at `path`, or those of a folder in the order that its order.yaml gives.
+@dataclass(frozen=True)
+class Course:
+    """Recipes that belong together: their runs stand in one folder, and so do the cuts they are trained on."""
+
+    name: str
+    folder: Path  # of the files that recipes name, such as model.json
+    recipes: list[Recipe]
+    corpus: dict[str, Set]  # sets that are made before training; none where the cuts are somebody's own
+
+
+def read_course(path: Path) -> Course:
+    """The recipes in a folder with an order.yaml, in a file that holds several `runs`, or one of a folder's.
 
     Raises:
-        ConfigError: neither is there.
+        ConfigError: there is no such recipe, or it cannot be read.
     """
-    if path.is_file():
-        return [path]
-    if not (path / ORDER).is_file():
-        raise ConfigError(f"there is no recipe {path}; give a .yaml file, or a folder with {ORDER}")
-    return [path / f"{name}.yaml" for name in read_yaml_table(path / ORDER)["train"]]
+    if path.is_dir():
+        if not (path / ORDER).is_file():
+            raise ConfigError(f"{path} has no {ORDER}; give a recipe, or a folder whose {ORDER} lists its recipes")
+        names = read_yaml_table(path / ORDER)["train"]
+        recipes = [read_recipe(path / f"{name}.yaml") for name in names]
+        return Course(path.resolve().name, path, recipes, _corpus_of(path))
+    table = read_yaml_table(path)
+    if "runs" not in table:
+        return Course(path.resolve().parent.name, path.parent, [read_recipe(path)], _corpus_of(path.parent))
+    shared = {name: value for name, value in table.items() if name not in ("runs", "corpus")}
+    recipes = [read_fields(Recipe, {**shared, **run}, f"{path.name}: runs[{i}]") for i, run in enumerate(table["runs"])]
+    corpus = read_sets(table["corpus"], path.name) if "corpus" in table else {}
+    return Course(path.stem, path.parent, recipes, corpus)
 
 
-def train_recipe(path: Path, cuts: Path, runs: Path, device: torch.device, *, quiet: bool = False) -> Path:
-    """Train one recipe to its end, going on from where an earlier call was stopped; returns the run's folder."""
-    recipe = read_recipe(path)
-    folder = runs / recipe.name
+def _corpus_of(folder: Path) -> dict[str, Set]:
+    return read_corpus(folder / CORPUS) if (folder / CORPUS).is_file() else {}
+
+
+def train_course(course: Course, cuts: Path, runs: Path, device: torch.device, *, quiet: bool = False) -> list[Path]:
+    """Train the recipes one after another, each from where an earlier call was stopped; returns the runs' folders."""
+    cuts, runs = cuts / course.name, runs / course.name
+    return [train_recipe(recipe, course.folder, cuts, runs, device, quiet=quiet) for recipe in course.recipes]
+
+
+def train_recipe(
+    recipe: Recipe, beside: Path, cuts: Path, runs: Path, device: torch.device, *, quiet: bool = False
+) -> Path:
+    """Train one recipe to its end; `beside` is the folder of the files it names."""
+    folder, setting = runs / recipe.name, Setting(recipe, cuts, runs, device)
     if recipe.stage == "tokenizer":
-        make_tokenizer(recipe, path.parent, cuts, folder)
-        return folder
-    if recipe.stage not in STAGES:
-        known = ", ".join(("tokenizer", *STAGES))
-        raise ConfigError(f"{path.name}: stage is {recipe.stage!r}; expected one of {known}")
-    torch.set_num_threads(recipe.threads)
-    train(STAGES[recipe.stage](Setting(recipe, cuts, runs, device)), recipe, folder, quiet=quiet)
+        make_tokenizer(recipe, beside, cuts, folder)
+    elif recipe.stage == "export":
+        export(setting, folder)
+    elif recipe.stage in STAGES:
+        torch.set_num_threads(recipe.threads)
+        train(STAGES[recipe.stage](setting), recipe, folder, quiet=quiet)
+    else:
+        known = ", ".join(("tokenizer", *STAGES, "export"))
+        raise ConfigError(f"{recipe.name}: stage is {recipe.stage!r}; expected one of {known}")
     return folder
 
 
@@ -55,5 +100,8 @@ def make_tokenizer(recipe: Recipe, recipes: Path, cuts: Path, folder: Path) -> N
         examples = [Example(cut, source.task) for cut in read_cuts(source.cuts, cuts)]
         texts += [transcript(e.text, e.language) for e in examples] * max(1, round(source.weight))
     config = json.loads((recipes / recipe.model).read_text(encoding="utf-8"))
+    folder.mkdir(parents=True, exist_ok=True)
     size = config["thinker_config"]["text_config"]["vocab_size"]
+    if (recipes / CODEC_SIZES).exists():  # the sizes of every stage are in this folder from now on
+        shutil.copy(recipes / CODEC_SIZES, folder / CODEC_SIZES)
     write_config(fill_ids(config, train_tokenizer(texts, size, folder)), folder)

@@ -1,0 +1,70 @@
+"""`antiphon corpus` and `antiphon train`: the commands that need the `train` extra."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from antiphon.errors import InputError
+
+say = Console(stderr=True, highlight=False)
+Runs = Annotated[Path, typer.Option(help="Folder of all runs; a recipe's own is named after it.")]
+Cuts = Annotated[Path, typer.Option(help="Folder that the recipes' manifests are in.")]
+
+
+@contextmanager
+def needs_extra() -> Iterator[None]:
+    """Say which extra is missing where an import fails."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise InputError(f"training needs {error.name}; install it with pip install 'antiphon[train]'") from None
+
+
+def corpus(
+    recipe: Annotated[Path, typer.Argument(help="Recipe of the corpus, such as recipes/tiny/corpus.yaml.")],
+    out: Annotated[Path, typer.Option(help="Folder for manifests and sound.")] = Path("cuts"),
+    jobs: Annotated[int, typer.Option(min=0, help="Processes, by default one per core; the corpus is the same.")] = 0,
+) -> None:
+    """Make a synthetic corpus: lhotse cuts of speech, music, sounds and conversations. Goes on where it was stopped."""
+    with needs_extra():
+        from antiphon.train.corpus import read_corpus
+    for path in _make(read_corpus(recipe), out, jobs).values():
+        say.print(str(path))
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, or a folder of recipes with an order.yaml.")],
+    cuts: Cuts = Path("cuts"),
+    runs: Runs = Path("runs"),
+    device: Annotated[str, typer.Option(help="cpu, cuda, …; auto is the GPU where there is one.")] = "auto",
+    jobs: Annotated[int, typer.Option(min=0, help="Processes that make the corpus, by default one per core.")] = 0,
+) -> None:
+    """Train one recipe, or all of a folder in order. Goes on where it was stopped, to the same weights."""
+    with needs_extra():
+        from antiphon.train.run import read_course, train_course
+    course = read_course(recipe)
+    if course.corpus:
+        _make(course.corpus, cuts / course.name, jobs)
+    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    for folder in train_course(course, cuts, runs, torch.device(where)):
+        say.print(str(folder))
+
+
+def _make(sets: dict[str, Any], out: Path, jobs: int) -> dict[str, Path]:
+    from antiphon.train.corpus import make_corpus
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=say) as progress:
+        bar = progress.add_task("corpus")
+        return make_corpus(
+            sets, out, jobs or os.cpu_count() or 1, lambda done, of: progress.update(bar, completed=done, total=of)
+        )

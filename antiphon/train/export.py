@@ -1,0 +1,88 @@
+"""Export: finished runs as one checkpoint in the released form, with the codec and the speaker encoder beside it.
+
+The released form has no names for the codec's encoder and the speaker encoder: they are files of their own. A preset
+voice is the mean of the vectors that the speaker encoder makes of its recordings, as a row of the Talker's embedding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from antiphon.audio import LogMel
+from antiphon.codec import Codec
+from antiphon.errors import ConfigError
+from antiphon.model import Boxes
+from antiphon.speaker import SPEAKER_FILE, SpeakerConfig, SpeakerEncoder, save_speaker
+from antiphon.train.codes import Spoken, sound_of
+from antiphon.train.data import Example, read_cuts
+from antiphon.train.recipe import read_fields
+from antiphon.train.stages.codec import read_codec_config
+from antiphon.train.stages.common import TOKENIZER, Setting
+from antiphon.train.stages.speech import spoken_in, voice_of
+from antiphon.weights import save_checkpoint, save_codec
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What an export is made with."""
+
+    speaker: dict[str, Any]  # sizes of the speaker encoder
+    dtype: str = "bfloat16"
+    takes: int = 24  # recordings that a preset voice is the mean of
+
+
+def export(setting: Setting, folder: Path) -> None:
+    """Write the checkpoint of the runs that the recipe's `init` names, part by part.
+
+    Raises:
+        ConfigError: a part has no run, or a preset voice no recording.
+    """
+    options = read_fields(ExportOptions, dict(setting.recipe.options), f"{setting.recipe.name}.options")
+    boxes = Boxes(setting.config, setting.tokenizer)
+    parts: dict[str, nn.Module] = {"aut": boxes.aut, "thinker": boxes.thinker}
+    speaker = codec = None
+    if boxes.speech is not None:
+        parts |= {"talker": boxes.speech.talker, "mtp": boxes.speech.mtp, "code2wav": boxes.speech.code2wav}
+        width = boxes.speech.talker.config.text.hidden_size
+        speaker = SpeakerEncoder(read_fields(SpeakerConfig, {"width": width, **options.speaker}, "speaker")).eval()
+        codec = Codec(read_codec_config(setting))
+        parts |= {"codec": codec, "speaker": speaker}
+    if missing := [name for name in parts if name not in setting.recipe.init]:
+        raise ConfigError(f"{setting.recipe.name}: init names no {', '.join(missing)}; give the run of each part")
+    setting.prepare(nn.ModuleDict(parts))
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    if boxes.speech is not None and speaker is not None and codec is not None:
+        store_voices(boxes.speech.talker.model.codec_embedding, speaker, setting, options.takes)
+        save_codec(codec.to(dtype), folder)
+        save_speaker(speaker.to(dtype), folder / SPEAKER_FILE)
+    save_checkpoint(boxes.to(dtype), folder, companions=setting.run_of(TOKENIZER))
+
+
+@torch.no_grad()
+def store_voices(table: nn.Embedding, speaker: SpeakerEncoder, setting: Setting, takes: int) -> None:
+    """Put each preset voice's vector in its row of the Talker's embedding."""
+    assert setting.config.talker is not None
+    spoken = [
+        one
+        for source in setting.recipe.data.mix
+        for cut in read_cuts(source.cuts, setting.cuts)
+        for one in spoken_in(Example(cut, source.task))
+    ]
+    for voice, row in setting.config.talker.speaker_id.items():
+        recordings = [one for one in spoken if voice_of(one) == voice][:takes]
+        if not recordings:
+            raise ConfigError(f"{setting.recipe.name}: no recording of the voice {voice!r} in data.mix")
+        table.weight[row] = torch.stack([voice_vector(one, speaker) for one in recordings]).mean(0)
+
+
+def voice_vector(spoken: Spoken, speaker: SpeakerEncoder) -> Tensor:
+    """The vector [W] of one recording."""
+    front = speaker.config.mel
+    sound = torch.from_numpy(sound_of(spoken, front.sample_rate).copy())
+    return speaker(LogMel(front)(sound[None], final=True))[0]

@@ -1,0 +1,254 @@
+"""Talker, MTP and the speaker encoder, together: one loss over codebook 0 and the residual codebooks.
+
+Two kinds of examples: a sentence that is spoken on its own (task "say"), and the answers of a conversation (task
+"talk"), with the user's turns before them as in inference. The voice is a vector that the speaker encoder makes of
+another recording of the same speaker; at export the preset voices' vectors become rows of the embedding.
+
+Alignment: position 9 + t - 1 of the answer predicts code 0 of frame t and is what MTP starts from; frame t's codes are
+fed at position 9 + t. Nothing is shifted anywhere else.
+
+Shapes: B answers, P positions, T frames, Q codebooks, U the Thinker's width, W the Talker's, V codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from antiphon.audio import LogMel
+from antiphon.codec import Codec
+from antiphon.errors import ConfigError
+from antiphon.files import read_metadata
+from antiphon.model import Boxes
+from antiphon.speaker import SpeakerConfig, SpeakerEncoder
+from antiphon.talker import CLONED, talker_prompt
+from antiphon.train.codes import Spoken, encode, key_of, sound_of
+from antiphon.train.data import Example, pad, read_cuts
+from antiphon.train.loop import BEST, Figures, Loss
+from antiphon.train.recipe import read_fields
+from antiphon.train.stages.aut import IGNORED
+from antiphon.train.stages.codec import read_codec_config
+from antiphon.train.stages.common import Setting
+from antiphon.train.stages.thinker import TalkBatch, collate_talks, embed_talks, read_talk
+from antiphon.train.talks import Talk
+
+
+@dataclass(frozen=True)
+class SpeechOptions:
+    """What only this stage knows."""
+
+    speaker: dict[str, Any]  # sizes of the speaker encoder
+    mtp_share: float = 0.25  # of the frames that MTP is trained on in a step
+    mtp_weight: float = 1.0  # of the mean over the residual codebooks
+    reference: float = 3.0  # seconds of another recording that the voice is taken from
+    validated: int = 64  # answers per manifest
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer to be spoken: its text, its codes, its voice and what came before it."""
+
+    text: list[int]  # ids
+    codes: Tensor  # [T, Q]
+    reference: Tensor  # [N] samples of the voice
+    talk: Talk | None  # the conversation up to it
+
+
+@dataclass(frozen=True)
+class SpeechBatch:
+    """Answers as tensors."""
+
+    answers: Sequence[Answer]
+    mel: Tensor  # [B, frames, F] of the references
+    frames: Tensor  # [B]
+    talks: TalkBatch | None  # of the answers that have a conversation, in order
+    seed: int
+
+
+class SpeechStage:
+    """What speaks, with what it listens through frozen beside it."""
+
+    def __init__(self, setting: Setting) -> None:
+        recipe, config = setting.recipe, setting.config
+        if config.talker is None or config.code2wav is None:
+            raise ConfigError(f"{recipe.name}: the configuration has no Talker; give talker_config and code2wav_config")
+        self.options = read_fields(SpeechOptions, dict(recipe.options), f"{recipe.name}.options")
+        self.setting, self.plan, self.device = setting, recipe.optimization, setting.device
+        self.config, self.talker_config, self.tokenizer = config, config.talker, setting.tokenizer
+        torch.manual_seed(recipe.seed)
+        self.boxes = Boxes(config, self.tokenizer)
+        speech = self.boxes.speaking()
+        speaker = read_fields(
+            SpeakerConfig, {"width": config.talker.text.hidden_size, **self.options.speaker}, "speaker"
+        )
+        self.speaker = SpeakerEncoder(speaker)
+        begin_speech(speech)
+        self.codec = Codec(read_codec_config(setting)).eval()
+        begun = {"thinker": self.boxes.thinker, "aut": self.boxes.aut, "codec": self.codec}
+        trained = {"talker": speech.talker, "mtp": speech.mtp, "speaker": self.speaker}
+        if missing := sorted(set(begun) - set(recipe.init)):
+            raise ConfigError(
+                f"{recipe.name}: init names no {', '.join(missing)}; speech needs the runs they come from"
+            )
+        self.modules = setting.prepare(nn.ModuleDict(begun | trained))
+        for name, box in begun.items():  # not trained here: their own runs keep them
+            self.modules.pop(name)
+            box.eval().requires_grad_(False)
+        self.log_mel, self.voice_mel = LogMel(config.audio.mel), LogMel(speaker.mel)
+        self.newline = self.tokenizer.encode("\n")[0]
+        self.mix = setting.mix()
+        self._gather()
+
+    def _gather(self) -> None:
+        """Codes of everything that is spoken, and who speaks what."""
+        examples = [e for row in self.mix.cells for cell in row for e in cell]
+        for source in self.setting.recipe.data.validation:
+            examples += [
+                Example(c, source.task) for c in read_cuts(source.cuts, self.setting.cuts)[: self.options.validated]
+            ]
+        spoken = [one for e in examples for one in spoken_in(e)]
+        run = self.setting.run_of(self.setting.recipe.init["codec"])
+        cache = self.setting.runs / self.setting.recipe.name
+        self.codes = encode(self.codec, spoken, cache, read_metadata(run / BEST, "run"))
+        self.by_voice: dict[str, list[Spoken]] = {}
+        for one in spoken:
+            self.by_voice.setdefault(voice_of(one), []).append(one)
+
+    def players(self) -> dict[str, list[str]]:
+        """One player."""
+        return {"speech": ["talker", "mtp", "speaker"]}
+
+    def batch(self, step: int) -> SpeechBatch:
+        """Answers of one step."""
+        return self.collate(self.mix.draw(step), step)
+
+    def collate(self, examples: Sequence[Example], step: int) -> SpeechBatch:
+        """Examples as tensors; which answer of a conversation and which reference is a function of `step`."""
+        random = np.random.Generator(
+            np.random.Philox(np.random.SeedSequence([self.setting.recipe.seed, step, 1 << 21]))
+        )
+        answers = [self.answer(e, random) for e in examples]
+        mel, frames = pad([self.voice_mel(a.reference[None], final=True)[0] for a in answers])
+        talks = [a.talk for a in answers if a.talk is not None]
+        heard = collate_talks(talks, self.config, self.log_mel, self.config.audio.window_chunks) if talks else None
+        return SpeechBatch(answers, mel, frames, heard, step)
+
+    def answer(self, example: Example, random: np.random.Generator) -> Answer:
+        """One answer of an example and a reference of its voice."""
+        spoken = spoken_in(example)
+        chosen = spoken[int(random.random() * len(spoken))]
+        others = [one for one in self.by_voice[voice_of(chosen)] if one != chosen] or [chosen]
+        sound = sound_of(others[int(random.random() * len(others))], self.speaker.config.sample_rate)
+        length = round(self.options.reference * self.speaker.config.sample_rate)
+        start = int(random.random() * max(1, len(sound) - length))
+        reference = torch.from_numpy(np.ascontiguousarray(sound[start : start + length]))
+        codes = self.codes[key_of(chosen)]
+        if example.task == "say":
+            return Answer(self.tokenizer.encode(example.text), codes, reference, None)
+        talk = read_talk(example, self.tokenizer, self.config)
+        reply = next(r for r in talk.replies if r.supervision == chosen[1])
+        return Answer(talk.ids[reply.start : reply.stop], codes, reference, talk.before(reply.start))
+
+    def inputs(self, batch: SpeechBatch) -> Iterator[Tensor]:
+        """The Talker's input [P, W] of each answer: the prompt, then a position per frame."""
+        voices = self.speaker(batch.mel.to(self.device), batch.frames)
+        accept: list[Tensor] = []
+        if batch.talks is not None:
+            with torch.no_grad():
+                states = self.boxes.thinker(embed_talks(self.boxes.thinker, self.boxes.aut, batch.talks, self.device))[
+                    1
+                ]
+            accept = list(states)
+        for answer, voice in zip(batch.answers, voices, strict=True):
+            talk, heard = answer.talk, None
+            user: list[int] = []
+            if talk is not None:
+                user = [i for i, mine in zip(talk.ids, talk.user, strict=True) if mine]
+                heard = accept.pop(0)[: len(talk.ids)][torch.tensor(talk.user, device=self.device)]
+            rows = talker_prompt(self.config, user, self.newline, CLONED, answer.text, len(answer.codes))
+            if heard is not None:
+                heard = F.pad(heard, (0, 0, 0, len(rows.text) - len(user)))
+            x = self.boxes.embed_rows(rows, heard, voice[None])[0]
+            frames = self.boxes.speaking().frame_embedding(answer.codes.to(self.device))
+            yield torch.cat([x[: -len(frames)], x[-len(frames) :] + frames])
+
+    def scores(self, batch: SpeechBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Talker's states [n, W] before every frame and the end, and codes [n, Q] that follow; -1 for the end."""
+        inputs = list(self.inputs(batch))
+        x, _ = pad(inputs)
+        hidden = self.boxes.speaking().talker(x)
+        states, codes = [], []
+        for row, own, answer in zip(hidden, inputs, batch.answers, strict=True):
+            frames = len(answer.codes)
+            states.append(row[len(own) - frames - 1 : len(own)])
+            codes.append(F.pad(answer.codes, (0, 0, 0, 1), value=-1))
+        return torch.cat(states), torch.cat(codes).to(self.device), x
+
+    def loss(self, player: str, batch: SpeechBatch, step: int) -> Loss:
+        """Cross-entropy of codebook 0 and the end over all frames, and of the other codebooks over a share of them."""
+        speech = self.boxes.speaking()
+        with self.plan.autocast(self.device):
+            states, codes, _ = self.scores(batch)
+            first = speech.talker.codec_head(states)
+        wanted = torch.where(codes[:, 0] < 0, self.talker_config.codec_eos_token_id, codes[:, 0])
+        main = F.cross_entropy(first.float(), wanted)
+        real = (codes[:, 0] >= 0).nonzero()[:, 0]
+        generator = torch.Generator().manual_seed(batch.seed)
+        order = torch.randperm(len(real), generator=generator)
+        share = self.options.mtp_share if speech.mtp.training else 1.0
+        chosen = real[order[: max(1, round(len(real) * share))].sort().values.to(real.device)]
+        with self.plan.autocast(self.device):
+            fed = speech.talker.model.codec_embedding(codes[chosen, 0])
+            rest = speech.mtp.logits(states[chosen], fed, codes[chosen, 1:])
+        residual = F.cross_entropy(rest.float().flatten(0, 1), codes[chosen, 1:].flatten(), ignore_index=IGNORED)
+        total = main + self.options.mtp_weight * residual
+        right = (first.argmax(-1) == wanted).float().mean()
+        figures = {"loss": total, "code0": main, "residual": residual, "accuracy": right}
+        return Loss(total, {k: v.detach() for k, v in figures.items()})
+
+    def validate(self) -> Figures:
+        """Mean losses over the validation manifests."""
+        figures: dict[str, list[float]] = {}
+        for source in self.setting.recipe.data.validation:
+            cuts = read_cuts(source.cuts, self.setting.cuts)[: self.options.validated]
+            examples = [Example(c, source.task) for c in cuts]
+            for i in range(0, len(examples), 8):
+                loss = self.loss("speech", self.collate(examples[i : i + 8], i), 0)
+                for name, value in loss.figures.items():
+                    figures.setdefault(name, []).append(float(value))
+        return {name: float(np.mean(values)) for name, values in figures.items()}
+
+    def sample(self, folder: Path, board: Any) -> None:
+        """Nothing yet that this stage can say alone: Code2Wav is trained elsewhere."""
+
+
+def spoken_in(example: Example) -> list[Spoken]:
+    """What is spoken by the assistant in an example."""
+    if example.task == "say":
+        return [(example, 0)]
+    messages = (example.cut.custom or {}).get("messages", [])
+    return [(example, m["supervision"]) for m in messages if m["role"] == "assistant" and "supervision" in m]
+
+
+def voice_of(spoken: Spoken) -> str:
+    """The speaker of one supervision."""
+    return spoken[0].cut.supervisions[spoken[1]].speaker
+
+
+def begin_speech(speech: nn.Module) -> None:
+    """Fresh weights: standard deviation 1/sqrt(fan-in), branches that start small, embeddings of about 1."""
+    for name, module in speech.named_modules():
+        if isinstance(module, nn.Linear):
+            gain = 0.3 if name.endswith(("o_proj", "down_proj")) else 1.0
+            nn.init.normal_(module.weight, std=gain * module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.5)

@@ -1,0 +1,208 @@
+"""The Thinker: text, then what it hears, then all together; the recipe's `init`, `freeze` and mix say which.
+
+Whatever the task, an example is a conversation as inference lays it out, and the loss is over what the assistant says.
+
+Shapes: B conversations, T positions, n clips, F mel bins, U width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from antiphon.audio import LogMel
+from antiphon.aut import AuT
+from antiphon.config import OmniConfig
+from antiphon.evaluate.text import normalize_text
+from antiphon.thinker import Thinker
+from antiphon.tokenizer import Tokenizer
+from antiphon.train.data import Example, batches, pad, read_cuts
+from antiphon.train.loop import Figures, Loss
+from antiphon.train.recipe import Source, read_fields
+from antiphon.train.stages.aut import IGNORED, begin
+from antiphon.train.stages.common import Setting
+from antiphon.train.talks import Talk, lay_out
+
+ANSWER = 64  # tokens of an answer in validation
+
+
+@dataclass(frozen=True)
+class ThinkerOptions:
+    """What only this stage knows."""
+
+    windows: tuple[int, ...] = (1, 2, 4, 8)
+    validated: int = 200  # conversations per manifest
+
+
+@dataclass(frozen=True)
+class TalkBatch:
+    """Conversations as the Thinker reads them."""
+
+    ids: Tensor  # [B, T]
+    wanted: Tensor  # [B, T] the id that follows, IGNORED where it is not learnt
+    audio: Tensor  # [B, T] True where a row of AuT's goes
+    mel: Tensor | None  # [n, frames, F] of all clips, in order
+    frames: Tensor  # [n]
+    window: int
+
+
+class ThinkerStage:
+    """The language model and, where there is sound, the encoder it listens through."""
+
+    def __init__(self, setting: Setting) -> None:
+        recipe, config = setting.recipe, setting.config
+        self.options = read_fields(ThinkerOptions, dict(recipe.options), f"{recipe.name}.options")
+        self.setting, self.plan, self.device = setting, recipe.optimization, setting.device
+        self.config, self.tokenizer = config, setting.tokenizer
+        torch.manual_seed(recipe.seed)
+        self.thinker = Thinker(config.text, config.talker.accept_hidden_layer if config.talker else None)
+        self.aut = AuT(config.audio)
+        begin(self.aut, 3.0)
+        begin_thinker(self.thinker)
+        self.modules = setting.prepare(nn.ModuleDict({"thinker": self.thinker, "aut": self.aut}))
+        self.log_mel = LogMel(config.audio.mel)
+        self.mix = setting.mix()
+
+    def players(self) -> dict[str, list[str]]:
+        """One player."""
+        return {"thinker": ["thinker", "aut"]}
+
+    def batch(self, step: int) -> TalkBatch:
+        """Conversations of one step."""
+        random = np.random.Generator(
+            np.random.Philox(np.random.SeedSequence([self.setting.recipe.seed, step, 1 << 20]))
+        )
+        window = self.options.windows[int(random.random() * len(self.options.windows))]
+        return self.collate([self.read(e) for e in self.mix.draw(step)], window)
+
+    def read(self, example: Example) -> Talk:
+        """A conversation as ids and clips."""
+        return read_talk(example, self.tokenizer, self.config)
+
+    def collate(self, talks: Sequence[Talk], window: int) -> TalkBatch:
+        """Conversations as tensors."""
+        return collate_talks(talks, self.config, self.log_mel, window)
+
+    def embed(self, batch: TalkBatch) -> Tensor:
+        """The Thinker's input [B, T, U]."""
+        return embed_talks(self.thinker, self.aut, batch, self.device)
+
+    def loss(self, player: str, batch: TalkBatch, step: int) -> Loss:
+        """Cross-entropy over what the assistant says."""
+        learnt = (batch.wanted != IGNORED).to(self.device)
+        wanted = batch.wanted.to(self.device)[learnt]
+        with self.plan.autocast(self.device):
+            hidden, _ = self.thinker(self.embed(batch))
+            logits = self.thinker.logits(hidden[learnt])
+        total = F.cross_entropy(logits.float(), wanted)
+        right = (logits.argmax(-1) == wanted).float().mean()
+        return Loss(total, {"loss": total.detach(), "accuracy": right})
+
+    def validate(self) -> Figures:
+        """Share of wrong answers over all manifests, then by manifest; answers are compared as normalized text."""
+        figures = {}
+        for source in self.setting.recipe.data.validation:
+            asked = self.answered(source)
+            wrong = [normalize_text(wanted) != normalize_text(said) for wanted, said in asked]
+            figures[f"{Path(source.cuts).name.split('.')[0]}.{source.task}"] = float(np.mean(wrong))
+        return {"wrong": float(np.mean(list(figures.values()))) if figures else 0.0, **figures}
+
+    def answered(self, source: Source) -> list[tuple[str, str]]:
+        """The last answer of each conversation of a manifest, as it should be and as it is."""
+        cuts = read_cuts(source.cuts, self.setting.cuts)
+        some = [Example(c, source.task) for c in cuts[:: max(1, len(cuts) // self.options.validated)]]
+        pairs = []
+        for part in batches(some, self.setting.recipe.data.batch_seconds):
+            pairs += [(answer_of(self, talk), self.answer(talk)) for talk in map(self.read, part)]
+        return pairs
+
+    def answer(self, talk: Talk) -> str:
+        """What the model says last in a conversation, greedily."""
+        start = last_answer(talk)
+        x = self.embed(self.collate([talk.before(start)], max(self.options.windows)))
+        state = self.thinker.init_state(1, start + ANSWER, self.device, x.dtype)
+        said: list[int] = []
+        while len(said) < ANSWER:
+            hidden, _ = self.thinker(x, state)
+            token = int(self.thinker.logits(hidden[:, -1]).argmax())
+            if token == self.config.im_end_token_id:
+                break
+            said.append(token)
+            x = self.thinker.embed(torch.tensor([[token]], device=self.device))
+        return self.tokenizer.decode(said)
+
+    def sample(self, folder: Path, board: Any) -> None:
+        """A few answers, beside those that were wanted."""
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = []
+        for source in self.setting.recipe.data.validation:
+            cuts = read_cuts(source.cuts, self.setting.cuts)
+            for cut in cuts[:: max(1, len(cuts) // 8)][:8]:
+                talk = self.read(Example(cut, source.task))
+                lines.append({"task": source.task, "wanted": answer_of(self, talk), "said": self.answer(talk)})
+        text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+        (folder / "said.jsonl").write_text(text + "\n", encoding="utf-8")
+        board.add_text("said", text.replace("\n", "\n\n"))
+
+
+def read_talk(example: Example, tokenizer: Tokenizer, config: OmniConfig) -> Talk:
+    """A conversation as ids and clips."""
+    audio = config.audio
+    return lay_out(example, tokenizer, lambda n: audio.tokens(n // audio.mel.hop), audio.mel.sample_rate)
+
+
+def collate_talks(talks: Sequence[Talk], config: OmniConfig, log_mel: LogMel, window: int) -> TalkBatch:
+    """Conversations as tensors."""
+    ids, _ = pad([torch.tensor(t.ids) for t in talks])
+    said, _ = pad([torch.tensor(t.said) for t in talks])
+    user, _ = pad([torch.tensor(t.user) for t in talks])
+    wanted = torch.where(said, ids, IGNORED).roll(-1, 1)
+    wanted[:, -1] = IGNORED
+    audio = (ids == config.audio_token_id) & user.bool()
+    clips = [torch.from_numpy(clip)[None] for t in talks for clip in t.clips]
+    if not clips:
+        return TalkBatch(ids, wanted, audio, None, torch.zeros(0), window)
+    mel, frames = pad([log_mel(clip, final=True)[0] for clip in clips])
+    return TalkBatch(ids, wanted, audio, mel, frames, window)
+
+
+def embed_talks(thinker: Thinker, aut: AuT, batch: TalkBatch, device: torch.device) -> Tensor:
+    """The Thinker's input [B, T, U]: token embeddings, and AuT's where there is sound."""
+    x = thinker.embed(batch.ids.to(device))
+    if batch.mel is None:
+        return x
+    heard = aut(batch.mel.to(device), window=batch.window, frames=batch.frames)
+    tokens = torch.tensor([aut.config.tokens(int(n)) for n in batch.frames])
+    rows = heard[(torch.arange(heard.shape[1]) < tokens[:, None]).to(device)]
+    return x.masked_scatter(batch.audio.to(device)[..., None], rows.to(x.dtype))
+
+
+def last_answer(talk: Talk) -> int:
+    """Where the last answer begins."""
+    stop = len(talk.said) - 1 - talk.said[::-1].index(True)
+    return stop + 1 - next((i for i, said in enumerate(talk.said[stop::-1]) if not said), stop + 1)
+
+
+def answer_of(stage: ThinkerStage, talk: Talk) -> str:
+    """The last answer as it should be."""
+    start = last_answer(talk)
+    return stage.tokenizer.decode(i for i, said in zip(talk.ids[start:], talk.said[start:], strict=True) if said)
+
+
+def begin_thinker(thinker: Thinker) -> None:
+    """Fresh weights: standard deviation 1/sqrt(fan-in), branches that start small."""
+    depth = len(thinker.model.layers)
+    for name, module in thinker.named_modules():
+        if isinstance(module, nn.Linear):
+            gain = (2 * depth) ** -0.5 if name.endswith(("o_proj", "down_proj")) else 1.0
+            nn.init.normal_(module.weight, std=gain * module.in_features**-0.5)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=1.0 if not thinker.config.tie_word_embeddings else 0.06)
