@@ -121,18 +121,18 @@ class Mix:
     def draw(self, step: int) -> list[Example]:
         """The examples of one step: at most `batch_seconds` when padded to the longest, one at least."""
         random = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, step, self.rank])))
-        bucket = _pick(self.rates.sum(0) / self.sizes, random.random())
+        bucket = int(_pick(self.rates.sum(0) / self.sizes, random.random()))
         count = self.sizes[bucket]
         places = (np.arange(count) + random.random()) / count  # evenly spread: each batch keeps the shares
         picks = random.random(count)
-        cells = [self.cells[_pick(self.rates[:, bucket], p)][bucket] for p in places]
+        cells = [self.cells[source][bucket] for source in _pick(self.rates[:, bucket], places)]
         return [cell[int(p * len(cell))] for cell, p in zip(cells, picks, strict=True)]
 
 
-def _pick(shares: np.ndarray, u: float) -> int:
-    """Index into `shares` at the share `u` of their sum."""
+def _pick(shares: np.ndarray, places: np.ndarray | float) -> np.ndarray:
+    """Indices into `shares` at places of their sum, from 0 to below 1."""
     total = shares.cumsum()
-    return int(np.searchsorted(total, u * total[-1], side="right").clip(0, len(shares) - 1))
+    return np.searchsorted(total, places * total[-1], side="right").clip(0, len(shares) - 1)
 
 
 def _edges(pools: list[list[Example]], weights: list[float]) -> np.ndarray:

@@ -93,7 +93,7 @@ class Recipe:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        if self.optimization is NO_OPTIMIZATION and self.stage != "tokenizer":
+        if self.optimization is NO_OPTIMIZATION and self.stage not in ("tokenizer", "export"):
             raise ConfigError(f"{self.name}.optimization is missing; a stage with weights needs steps and lr")
 
     @property
