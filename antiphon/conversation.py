@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from antiphon.audio import MAX_SECONDS, Resampler, Samples, check_samples
+from antiphon.chat import TurnWriter, assistant_text, system_text, tool_results_text
 from antiphon.errors import AudioError, InputError
 from antiphon.files import read_metadata, read_safetensors, write_safetensors
 from antiphon.messages import parts_of, read_part, text_of, tool_call
 from antiphon.model import Boxes
 from antiphon.talker import user_rows
-from antiphon.tokenizer import TurnWriter, assistant_text, system_text, tool_results_text
 
 PREFILL = 512  # positions the Thinker reads at once: bounds the memory of a long prompt
 WINDOWS = (1, 2, 4, 8)  # seconds AuT may attend over

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from antiphon.audio import Samples
 from antiphon.binding import bound
+from antiphon.chat import ToolCall, parse_tool_calls
 from antiphon.conversation import Answer, Conversation
 from antiphon.errors import InputError
 from antiphon.messages import parts_of, text_of
@@ -28,7 +29,7 @@ from antiphon.model import Boxes
 from antiphon.sampling import MTP, TALKER, THINKER, THINKER_CODEBOOK, NoiseKey, Sampling, choose
 from antiphon.spoken import spoken
 from antiphon.talker import opening_rows, trailing_text
-from antiphon.tokenizer import StreamDecoder, ToolCall, parse_tool_calls
+from antiphon.tokenizer import StreamDecoder
 from antiphon.weights import load_checkpoint
 
 # before these a token ends, whatever comes: the first space after a word, and a mark of unspaced scripts after a letter

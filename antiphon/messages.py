@@ -9,8 +9,8 @@ from os import PathLike
 from typing import Any
 
 from antiphon.audio import Samples, check_samples, read_audio
+from antiphon.chat import ToolCall
 from antiphon.errors import AudioError, InputError
-from antiphon.tokenizer import ToolCall
 
 
 def parts_of(message: Mapping[str, Any], optional: bool = False) -> list[Any]:

@@ -13,12 +13,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from antiphon.audio import pcm16
+from antiphon.chat import ToolCall
 from antiphon.generate import AudioDelta, Done, Event, Omni, Reply, TextDelta, Thought, collect, load
 from antiphon.generate import _token_stream as token_stream
 from antiphon.sampling import GREEDY, Sampling
 from antiphon.spoken import spoken
 from antiphon.talker import talker_prompt
-from antiphon.tokenizer import ToolCall
 from tests.models import (
     assert_same,
     assert_same_reply,

@@ -22,6 +22,7 @@ ORDER: list[set[str]] = [
     {"config", "files", "binding"},
     {"config_json", "streaming", "sampling", "metrics"},
     {"tokenizer"},
+    {"chat"},
     {"audio", "layers", "spoken"},
     {"messages", "aut", "thinker", "talker", "mtp", "code2wav", "codec", "speaker"},
     {"model"},

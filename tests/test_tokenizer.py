@@ -8,19 +8,9 @@ from hypothesis import strategies as st
 from transformers import Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from antiphon.chat import ToolCall, TurnWriter, assistant_text, parse_tool_calls, system_text, tool_results_text
 from antiphon.errors import InputError
-from antiphon.tokenizer import (
-    QWEN_WORDS,
-    StreamDecoder,
-    Tokenizer,
-    ToolCall,
-    TurnWriter,
-    assistant_text,
-    byte_tokenizer,
-    parse_tool_calls,
-    system_text,
-    tool_results_text,
-)
+from antiphon.tokenizer import QWEN_WORDS, StreamDecoder, Tokenizer, byte_tokenizer
 from tests.tiny_tokenizer import NAMES, SPECIAL, TAGS, text_config, tiny_tokenizer, write_tokenizer
 
 TEXTS = [

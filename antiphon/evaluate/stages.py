@@ -35,12 +35,13 @@ from torch import Tensor, nn
 
 import antiphon.generate
 from antiphon.audio import LogMel, Resampler, Samples, check_samples, normalize
+from antiphon.chat import TurnWriter
 from antiphon.config import MelConfig, OmniConfig
 from antiphon.errors import InputError
 from antiphon.generate import Omni, Options, Session, collect
 from antiphon.layers import SparseMLP
 from antiphon.sampling import GREEDY, THINKER_CODEBOOK, NoiseKey, Sampling, choose
-from antiphon.tokenizer import Tokenizer, TurnWriter, byte_tokenizer
+from antiphon.tokenizer import Tokenizer, byte_tokenizer
 
 STAGES = (
     "mel",
