@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from antiphon.audio import Samples
+from antiphon.chat import TurnWriter, tool_results_text
 from antiphon.errors import InputError
-from antiphon.tokenizer import Tokenizer, TurnWriter, tool_results_text
+from antiphon.tokenizer import Tokenizer
 from antiphon.train.data import Example, load_samples
 from antiphon.train.world import LANGUAGES
 
