@@ -582,6 +582,18 @@ def user_positions(model: Boxes, ids: list[int]) -> list[int]:
     return places
 
 
+class Watched(torch.nn.Module):
+    """Stands in a layer's place and keeps what goes into it."""
+
+    def __init__(self, part: torch.nn.Module) -> None:
+        super().__init__()
+        self.part, self.fed = part, list[Tensor]()
+
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        self.fed.append(x)
+        return self.part(x, *rest)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
 def test_talker_prompt_is_what_a_session_feeds(shape: str, pair: Pairs) -> None:
@@ -590,18 +602,18 @@ def test_talker_prompt_is_what_a_session_feeds(shape: str, pair: Pairs) -> None:
     speech, talker = model.speaking(), model.config.talker
     assert talker is not None
     turns = [["Who?", clip("1", 24000, 2)], [ANSWERS[1]], [clip("0.05", 16000, 3), clip("8", 16000, 4), "And who?"]]
-    fed: list[Tensor] = []
-    hook = speech.talker.register_forward_pre_hook(lambda module, args: fed.append(args[0]))
+    layers = speech.talker.model.layers
+    layers[0] = watched = Watched(layers[0])
     try:
-        case = Case(turns, "You are kind.", "chelsie", 4, 8)
-        stages = trace(model, case)
+        stages = trace(model, Case(turns, "You are kind.", "chelsie", 4, 8))
     finally:
-        hook.remove()
+        layers[0] = watched.part
+    fed = torch.cat(watched.fed)[None]
 
     ids, codes = stages["prompt_ids"].tolist(), stages["codes"]
     places = user_positions(model, ids)
     assert len(places) < len(ids) - 10  # without the system's and the assistant's turns
-    text, frames = stages["text_ids"].tolist()[:-1], sum(x.shape[1] for x in fed) - len(places) - 9
+    text, frames = stages["text_ids"].tolist()[:-1], fed.shape[1] - len(places) - 9
     assert frames in (len(codes) - 1, len(codes))  # of all codes where the Talker ended its speech
     newline, speaker = model.tokenizer.encode("\n")[0], talker.speaker_id["chelsie"]
     user = [ids[i] for i in places]
@@ -612,7 +624,7 @@ def test_talker_prompt_is_what_a_session_feeds(shape: str, pair: Pairs) -> None:
     assert model.config.audio_token_id not in rows.text[len(user) :]
     expected = model.embed_rows(rows, accept)
     expected[:, len(user) + 9 :] += speech.frame_embedding(codes[:frames])
-    assert_close(torch.cat(fed, 1), expected)
+    assert_close(fed, expected)
     assert_close(stages["talker_inputs"][None], expected[:, : len(user) + 9])
 
     hidden = speech.talker(expected)[0, len(user) + 8 :][: len(codes)]  # at once, as in training
