@@ -38,7 +38,7 @@ def encode(codec: Codec, spoken: Sequence[Spoken], cache: Path, mark: str, *, qu
     if path.exists():
         return {name: codes.long() for name, codes in read_safetensors(path).items()}
     codes = {}
-    with torch.inference_mode():
+    with torch.no_grad():
         for one in track(spoken, "codes of the corpus", disable=quiet):
             codes[key_of(one)] = codec.encode(torch.from_numpy(sound_of(one, codec.config.sampling_rate))[None])[0]
     cache.mkdir(parents=True, exist_ok=True)
@@ -49,4 +49,4 @@ def encode(codec: Codec, spoken: Sequence[Spoken], cache: Path, mark: str, *, qu
 def sound_of(spoken: Spoken, rate: int) -> Samples:
     """Samples [N] of one supervision."""
     example, supervision = spoken
-    return cut_out(example, load_samples(example.cut, rate), supervision, rate)
+    return cut_out(example, load_samples(example.cut, example.cut.sampling_rate), supervision, rate)

@@ -16,7 +16,7 @@ from antiphon.audio import Samples
 from antiphon.chat import TurnWriter, tool_results_text
 from antiphon.errors import InputError
 from antiphon.tokenizer import Tokenizer
-from antiphon.train.data import Example, load_samples
+from antiphon.train.data import Example, load_samples, resample
 from antiphon.train.world import LANGUAGES
 
 Message = Mapping[str, Any]
@@ -113,7 +113,7 @@ def lay_out(example: Example, tokenizer: Tokenizer, tokens: Callable[[int], int]
             if part["type"] == "text":
                 writer.text(tool_results_text([part["text"]]) if role == "tool" else part["text"])
                 continue
-            sound = load_samples(example.cut, rate) if sound is None else sound
+            sound = load_samples(example.cut, example.cut.sampling_rate) if sound is None else sound
             talk.places.append(len(talk.ids))
             talk.clips.append(cut_out(example, sound, int(part["supervision"]), rate))
             add(writer.audio(tokens(len(talk.clips[-1]))), user=user)
@@ -122,6 +122,6 @@ def lay_out(example: Example, tokenizer: Tokenizer, tokens: Callable[[int], int]
 
 
 def cut_out(example: Example, sound: Samples, supervision: int, rate: int) -> Samples:
-    """The samples of one supervision of a cut, whose whole is `sound` at `rate`."""
-    part = example.cut.supervisions[supervision]
-    return sound[round(part.start * rate) : round(part.end * rate)]
+    """The samples of one supervision at `rate`, resampled on its own as in inference; `sound` is the whole cut's."""
+    part, own = example.cut.supervisions[supervision], example.cut.sampling_rate
+    return resample(sound[round(part.start * own) : round(part.end * own)], own, rate)

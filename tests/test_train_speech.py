@@ -1,0 +1,234 @@
+"""What training lays out and scores is what inference lays out and scores."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
+
+import antiphon.generate
+from antiphon.audio import from_pcm16, pcm16, write_audio
+from antiphon.codec import Codec
+from antiphon.config_json import parse_codec_config
+from antiphon.files import write_safetensors
+from antiphon.generate import Session
+from antiphon.sampling import THINKER_CODEBOOK
+from antiphon.speaker import load_speaker
+from antiphon.chat import TurnWriter
+from antiphon.train.export import export
+from antiphon.train.loop import BEST, train
+from antiphon.train.recipe import Recipe, read_fields
+from antiphon.train.stages.codec import CODEC_SIZES
+from antiphon.train.stages.common import Setting
+from antiphon.train.stages.speech import SpeechStage, spoken_in
+from antiphon.train.stages.thinker import ThinkerStage, read_talk
+from antiphon.train.talks import lay_out
+from tests.models import CPU, IDS, VOCAB, config_json, omni, script
+from tests.models import sound as exact_sound
+from tests.test_train_codec import CODEC, FRAME, RATE
+from tests.tiny_tokenizer import write_tokenizer
+
+SPEAKER = {"channels": 16, "scale": 4, "attention": 8, "num_mel_bins": 16}
+SAYINGS = ["one two three", "hello there", "the rain is loud", "what is it"]
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": [{"type": "audio", "supervision": 0}, {"type": "text", "text": "What was that?"}]},
+    {"role": "assistant", "content": "one two three", "supervision": 1, "voice": "ethan"},
+    {"role": "user", "content": [{"type": "audio", "supervision": 2}]},
+    {"role": "assistant", "content": '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'},
+    {"role": "tool", "content": '{"ok": true}'},
+    {"role": "assistant", "content": "hello there", "supervision": 3, "voice": "ethan"},
+]
+MODEL = omni(seed=41)
+
+
+def sound(seconds: float, rate: int, seed: int) -> np.ndarray:
+    """As a file of 16 bits holds it."""
+    return from_pcm16(pcm16(exact_sound(seconds, rate, seed)))
+
+
+def cut(folder: Path, name: str, seconds: list[float], texts: list[str], custom: dict | None, speaker: str) -> MonoCut:
+    parts = [sound(s, RATE, seed=i) for i, s in enumerate(seconds)]
+    write_audio(folder / f"{name}.wav", np.concatenate(parts), RATE)
+    recording = Recording.from_file(folder / f"{name}.wav", recording_id=name)
+    starts = np.cumsum([0, *seconds])
+    said = [
+        SupervisionSegment(f"{name}-{i}", name, float(starts[i]), s, text=t, language="en", speaker=speaker)
+        for i, (s, t) in enumerate(zip(seconds, texts, strict=True))
+    ]
+    return MonoCut(name, 0, recording.duration, 0, said, recording=recording, custom=custom)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> tuple[Path, Path]:
+    """Folders of cuts and of the runs that come before speech: a tokenizer, a Thinker, a codec."""
+    cuts, runs = tmp_path_factory.mktemp("cuts"), tmp_path_factory.mktemp("runs")
+    talk = cut(cuts, "talk", [1.2, 0.72, 0.8, 0.64], SAYINGS, {"messages": MESSAGES}, "ethan")
+    CutSet.from_cuts([talk]).to_jsonl(cuts / "talk.jsonl.gz")
+    alone = [cut(cuts, f"say{i}", [0.6 + i / 10], [t], None, "chelsie") for i, t in enumerate(SAYINGS)]
+    CutSet.from_cuts(alone).to_jsonl(cuts / "say.jsonl.gz")
+    for name in ("tokenizer", "thinker", "codec"):
+        (runs / name).mkdir()
+    write_tokenizer(runs / "tokenizer", vocab_size=VOCAB)
+    speakers = {"talker_config.speaker_id": {"chelsie": 68, "ethan": 69}}
+    (runs / "tokenizer/config.json").write_text(json.dumps(config_json(IDS, speakers)))
+    (runs / "tokenizer" / CODEC_SIZES).write_text(json.dumps(CODEC))
+    best = {f"thinker.{n}": t for n, t in MODEL.thinker.state_dict().items()}
+    best |= {f"aut.{n}": t for n, t in MODEL.aut.state_dict().items()}
+    write_safetensors(runs / "thinker" / BEST, best, {"run": "a"})
+    torch.manual_seed(3)
+    codec = Codec(parse_codec_config(CODEC))
+    for name, tensor in codec.named_buffers():
+        if name.endswith("embed_sum"):
+            tensor.normal_()
+    write_safetensors(runs / "codec" / BEST, {f"codec.{n}": t for n, t in codec.state_dict().items()}, {"run": "b"})
+    return cuts, runs
+
+
+def setting(place: tuple[Path, Path], stage: str, init: dict[str, str], sources: list[dict], **options: Any) -> Setting:
+    plan = {"steps": 4, "lr": 1e-3, "warmup": 1, "dtype": "float32"}
+    data = {"mix": sources, "validation": sources[:1], "batch_seconds": 8.0}
+    table = {"name": stage, "stage": stage, "data": data, "optimization": plan, "init": init, "options": options}
+    return Setting(read_fields(Recipe, table, stage), *place, CPU)
+
+
+@pytest.fixture(scope="module")
+def stage(place) -> SpeechStage:
+    sources = [{"cuts": "talk.jsonl.gz", "task": "talk"}, {"cuts": "say.jsonl.gz", "task": "say"}]
+    init = {"thinker": "thinker", "aut": "thinker", "codec": "codec"}
+    stage = SpeechStage(setting(place, "speech", init, sources, speaker=SPEAKER))
+    speech = MODEL.speaking()
+    stage.boxes.speaking().talker.load_state_dict(speech.talker.state_dict())
+    stage.boxes.speaking().mtp.load_state_dict(speech.mtp.state_dict())
+    stage.modules.eval()
+    return stage
+
+
+def examples(stage: SpeechStage, task: str) -> list:
+    return [e for row in stage.mix.cells for cell in row for e in cell if e.task == task]
+
+
+def test_a_conversation_has_the_ids_of_a_session(stage):
+    """Training reads what a session would have read by the end of the conversation."""
+    (example,) = examples(stage, "talk")
+    talk = read_talk(example, MODEL.tokenizer, MODEL.config)
+    session = Session(MODEL, "Be brief.")
+    samples = [sound(s, RATE, seed=i) for i, s in enumerate([1.2, 0.72, 0.8, 0.64])]
+    for message in MESSAGES[1:]:
+        content: Any = message["content"]
+        if isinstance(content, list):
+            content = [
+                {"type": "audio", "audio": (samples[p["supervision"]], RATE)} if p["type"] == "audio" else p
+                for p in content
+            ]
+        session.append_message({"role": message["role"], "content": content})
+    session.commit()
+    assert talk.ids == session.ids
+    said = MODEL.tokenizer.decode(i for i, mine in zip(talk.ids, talk.said, strict=True) if mine)
+    assert said == "".join(str(m["content"]) for m in MESSAGES if m["role"] == "assistant")
+    assert [r.supervision for r in talk.replies] == [1, 3]
+    assert len(talk.before(talk.replies[0].start).clips) == 1
+    assert len(talk.clips) == 2
+
+
+def test_tasks_ask_and_answer(stage):
+    example = examples(stage, "say")[0]
+    for task, answer in (("transcribe", example.text), ("language", "English"), ("describe", example.text)):
+        talk = lay_out(type(example)(example.cut, task), MODEL.tokenizer, lambda n: 3, 16000)
+        end = MODEL.config.im_end_token_id
+        said = [i for i, mine in zip(talk.ids, talk.said, strict=True) if mine]
+        assert said == [*MODEL.tokenizer.encode(answer), end]
+        assert talk.ids.count(MODEL.config.audio_token_id) == 3
+        assert talk.ids[:2] == TurnWriter(MODEL.tokenizer).open("user")
+
+
+@pytest.mark.parametrize("task", ["talk", "say"])
+def test_the_loss_is_the_likelihood_that_generation_assigns(stage, task, monkeypatch):
+    """Codes forced frame by frame through the readable loop score what teacher forcing scores."""
+    example = examples(stage, task)[0]
+    batch = stage.collate([example], 0)
+    (answer,) = batch.answers
+    with torch.no_grad():
+        voice = stage.speaker(batch.mel, batch.frames)[0]
+        loss = stage.loss("speech", batch, 0)
+    model = omni(seed=41)
+    row = model.speaker("ethan")
+    kept = model.speaking().talker.model.codec_embedding.weight.data[row].clone()
+    scores: dict[tuple[int, int], float] = {}
+    eos = model.speaking().talker.config.codec_eos_token_id
+    draw = antiphon.generate.choose
+
+    def forced(logits: torch.Tensor, sampling: Any, key: Any, *rest: Any) -> torch.Tensor:
+        if key.codebook == THINKER_CODEBOOK:
+            return draw(logits, sampling, key, *rest)
+        wanted = eos if key.frame == len(answer.codes) else int(answer.codes[key.frame, key.codebook])
+        scores[key.frame, key.codebook] = float(logits[0].double().log_softmax(-1)[wanted])
+        return torch.tensor([wanted])
+
+    monkeypatch.setattr(antiphon.generate, "choose", forced)
+    try:
+        model.speaking().talker.model.codec_embedding.weight.data[row] = voice
+        session = Session(model, "Be brief." if task == "talk" else None)
+        if answer.talk is None:
+            events = session.speak([example.text], voice="ethan", verbatim=True)
+        else:
+            _ask(session, answer.talk)
+            script(monkeypatch, model, answer.text)
+            events = session.respond(voice="ethan", verbatim=True)
+        frames = [e for e in events if type(e).__name__ == "AudioDelta"]
+    finally:
+        model.speaking().talker.model.codec_embedding.weight.data[row] = kept
+    assert len(frames) == len(answer.codes) > 5
+    first = [-s for (_, codebook), s in scores.items() if codebook == 0]
+    rest = [-s for (_, codebook), s in scores.items() if codebook > 0]
+    assert len(first) == len(answer.codes) + 1
+    assert float(loss.figures["code0"]) == pytest.approx(np.mean(first), rel=1e-5)
+    assert float(loss.figures["residual"]) == pytest.approx(np.mean(rest), rel=1e-5)
+    assert float(loss.total) == pytest.approx(np.mean(first) + np.mean(rest), rel=1e-5)
+
+
+def _ask(session: Session, talk: Any) -> None:
+    """The conversation before an answer, as the session's own messages."""
+    samples = [sound(s, RATE, seed=i) for i, s in enumerate([1.2, 0.72, 0.8, 0.64])]
+    last = 2 if len(talk.clips) == 1 else 6
+    for message in MESSAGES[1:last]:
+        content: Any = message["content"]
+        if isinstance(content, list):
+            content = [
+                {"type": "audio", "audio": (samples[p["supervision"]], RATE)} if p["type"] == "audio" else p
+                for p in content
+            ]
+        session.append_message({"role": message["role"], "content": content})
+
+
+def test_codes_fill_the_frames(stage):
+    for task in ("talk", "say"):
+        for example in examples(stage, task):
+            for one in spoken_in(example):
+                codes = stage.codes[example.cut.supervisions[one[1]].id]
+                assert len(codes) == -(-round(example.cut.supervisions[one[1]].duration * RATE) // FRAME)
+
+
+def test_stages_train_and_export_a_checkpoint_that_speaks(place, tmp_path):
+    _, runs = place
+    sources = [{"cuts": "talk.jsonl.gz", "task": "talk"}, {"cuts": "say.jsonl.gz", "task": "say"}]
+    init = {"thinker": "thinker", "aut": "thinker", "codec": "codec"}
+    speech = setting(place, "speech", init, sources, speaker=SPEAKER)
+    train(SpeechStage(speech), speech.recipe, runs / "speech", quiet=True)
+    heard = [{"cuts": "talk.jsonl.gz", "task": "talk"}, {"cuts": "say.jsonl.gz", "task": "transcribe"}]
+    thinker = setting(place, "thinker", {"thinker": "thinker", "aut": "thinker"}, heard)
+    train(ThinkerStage(thinker), thinker.recipe, runs / "again", quiet=True)
+    code2wav = {f"code2wav.{n}": t for n, t in MODEL.speaking().code2wav.state_dict().items()}
+    (runs / "code2wav").mkdir()
+    write_safetensors(runs / "code2wav" / BEST, code2wav, {"run": "c"})
+    parts = {"aut": "again", "thinker": "again", "talker": "speech", "mtp": "speech", "speaker": "speech"}
+    parts |= {"codec": "codec", "code2wav": "code2wav"}
+    export(setting(place, "export", parts, sources, speaker=SPEAKER), tmp_path)
+    model = antiphon.load(tmp_path)
+    events = list(model.speak("hello there", voice="ethan", max_frames=3))
+    assert events[-1].reply.audio.shape == (3 * FRAME,)
+    assert load_speaker(tmp_path / "speaker.safetensors").config.channels == SPEAKER["channels"]
+    assert antiphon.load(tmp_path).voices == ["chelsie", "ethan"]
