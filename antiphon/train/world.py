@@ -42,6 +42,7 @@ TRIES = 200  # this often in a row nothing new: the templates are exhausted and 
 FOLDER = Path(__file__).parent
 SHARE: dict[Split, str] = {"train": "train", "valid": "valid", "sentence": "test", "template": "test"}
 SLOT = re.compile(r"\{([a-z_]+)(\d?)\}")
+WORD = re.compile(r"[^\s,:،、]+")
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ def read(tokens: Sequence[str], language: str) -> str:
     readings = load_world(language).readings
     if not readings:
         return write(tokens, language)
-    return " ".join(readings.get(token, token) for token in tokens)
+    return WORD.sub(lambda word: readings.get(word[0], word[0]), " ".join(tokens))
 
 
 def words_of(line: str) -> tuple[str, ...]:
