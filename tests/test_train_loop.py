@@ -1,5 +1,6 @@
 """The promises of the training loop, kept by a stage of a few weights and by AuT on a few clips of tones."""
 
+import contextlib
 import json
 import math
 import multiprocessing
@@ -319,7 +320,6 @@ def test_a_finished_run_is_left_alone(whole, tmp_path):
 
 
 def test_the_best_weights_are_kept_and_the_last(tmp_path):
-    """Whatever comes after the best, and also if it was found before a stop."""
     errors = {10: 5.0, 20: 3.0, 30: math.nan, 40: 4.0, 50: 3.5, 60: 6.0}
 
     class Judged(TinyStage):
@@ -339,6 +339,22 @@ def test_the_best_weights_are_kept_and_the_last(tmp_path):
         assert torch.equal(last[f"model.{n}"], weight)
     assert not torch.equal(best["maker.0.weight"], last["model.maker.0.weight"])
     assert [line.get("val/error", "none") for line in lines(tmp_path) if line["step"] == 30] == [None]
+
+
+def test_the_best_weights_are_known_after_a_stop(tmp_path):
+    errors = iter([5.0, 3.0, 4.0, 4.0, 4.0, 3.5, 6.0])  # the third twice: the state is of step 28
+
+    class Judged(TinyStage):
+        def validate(self) -> Figures:
+            return {"error": next(errors)}
+
+    for missing in (33, math.inf):
+        stage = Judged(TINY)
+        stage.missing = missing
+        with contextlib.suppress(InputError):
+            train(stage, TINY, tmp_path, quiet=True)
+    assert state_of(tmp_path) == {"step": 60, "best": 3.0, "recipe": TINY.fingerprint}
+    assert json.loads(read_metadata(tmp_path / BEST, "run"))["step"] == 20
 
 
 @pytest.mark.parametrize(
