@@ -87,7 +87,7 @@ def info(model: Model, as_json: JsonOption = False) -> None:
     if as_json:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
         return
-    table = Table("box", "parameters", "tensors", "what it is", title=model, min_width=96)
+    table = Table("box", "parameters", "tensors", "what it is", title=f"antiphon info {model}", min_width=96)
     for column in table.columns[1:3]:
         column.justify = "right"
     for name, box in facts["boxes"].items():
