@@ -321,6 +321,7 @@ def played(clip: dialog.Clip, s: Set, rng: np.random.Generator) -> Clip:
     """What is played before a question."""
     if clip.sentence is not None:
         return spoken(clip.sentence, draw_voice(s, rng))
+    rng = np.random.Generator(np.random.Philox(clip.take))  # the take is part of what the splits keep apart
     if clip.kind == "music":
         wanted: dict[str, Any] = dict(clip.labels)
         samples, labels = music.compose(rng, timbres(s), **wanted)

@@ -77,6 +77,9 @@ class Data:
 NO_OPTIMIZATION = Optimization(1, 1.0)  # of a tokenizer, which has no weights
 
 
+WITHOUT_WEIGHTS = ("tokenizer", "label", "export")  # stages that train none
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One training run."""
@@ -93,7 +96,7 @@ class Recipe:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        if self.optimization is NO_OPTIMIZATION and self.stage not in ("tokenizer", "export"):
+        if self.optimization is NO_OPTIMIZATION and self.stage not in WITHOUT_WEIGHTS:
             raise ConfigError(f"{self.name}.optimization is missing; a stage with weights needs steps and lr")
 
     @property

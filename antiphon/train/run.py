@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from antiphon.errors import ConfigError
 from antiphon.train.corpus import Set, read_corpus, read_sets
 from antiphon.train.data import Example, read_cuts
 from antiphon.train.export import export
+from antiphon.train.label import label
 from antiphon.train.loop import Stage, train
 from antiphon.train.recipe import Recipe, read_fields, read_recipe, read_yaml_table
 from antiphon.train.stages.aut import AuTStage
@@ -30,6 +32,7 @@ STAGES: dict[str, Callable[[Setting], Stage]] = {
     "thinker": ThinkerStage,
     "speech": SpeechStage,
 }
+say = Console(stderr=True, highlight=False)
 ORDER = "order.yaml"  # in a folder of recipes: which, one after another
 CORPUS = "corpus.yaml"  # in a folder of recipes: what they are trained on
 
@@ -84,11 +87,14 @@ def train_recipe(
         make_tokenizer(recipe, beside, cuts, folder)
     elif recipe.stage == "export":
         export(setting, folder)
+    elif recipe.stage == "label":
+        kept, found = label(setting, quiet=quiet)
+        say.print(f"{recipe.name}: kept {kept:,} of {found:,} transcripts")
     elif recipe.stage in STAGES:
         torch.set_num_threads(recipe.threads)
         train(STAGES[recipe.stage](setting), recipe, folder, quiet=quiet)
     else:
-        known = ", ".join(("tokenizer", *STAGES, "export"))
+        known = ", ".join(("tokenizer", "label", *STAGES, "export"))
         raise ConfigError(f"{recipe.name}: stage is {recipe.stage!r}; expected one of {known}")
     return folder
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from antiphon.errors import ConfigError
 from antiphon.tokenizer import Tokenizer
 from antiphon.train.data import Mix
 from antiphon.train.loop import load_weights
-from antiphon.train.recipe import Recipe, Source
+from antiphon.train.recipe import Data, Optimization, Recipe, Source
 
 TOKENIZER = "tokenizer"  # the run that every other stage takes its tokenizer and its config.json from
 
@@ -50,6 +51,11 @@ class Setting:
         if not folder.is_dir():
             raise ConfigError(f"{self.recipe.name} needs the run {name!r} in {self.runs}; train {name} first")
         return folder
+
+    def teaching(self, options: dict[str, Any]) -> Setting:
+        """The same place for a stage that does not train: no data, its own options."""
+        recipe = replace(self.recipe, data=Data(()), options=options, optimization=Optimization(1, 1.0))
+        return replace(self, recipe=recipe)
 
     def mix(self) -> Mix:
         """The training data."""
