@@ -20,7 +20,7 @@ from antiphon.binding import Bound, Part, bound
 from antiphon.config import DecoderConfig
 from antiphon.streaming import CACHE_BLOCK, FrameCache, KVCache, PlacedSpan, Span, WindowCache, open_span
 
-GATHERED_AT_MOST = 1 << 17  # numbers in matrices of experts that are copied together rather than visited one by one
+COPIED_AT_MOST = 1 << 17  # numbers in matrices of experts that are copied together rather than used in turn
 
 
 Turn: TypeAlias = tuple[Tensor, Tensor]  # cosines and signed sines, as `rotary` gives them
@@ -90,12 +90,12 @@ class Linear(nn.Linear, Part):
 
     def bind(self) -> Bound:
         """As `forward`."""
-        weight, bias, transposed = self.weight, self.bias, self.weight.t()
+        weight, bias = self.weight.t(), self.bias
 
         def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
-            if residual is None:
-                return F.linear(x, weight, bias)
-            return torch.addmm(residual if bias is None else residual + bias, x, transposed)
+            if bias is not None:
+                residual = bias if residual is None else residual + bias
+            return torch.mm(x, weight) if residual is None else torch.addmm(residual, x, weight)
 
         return run
 
@@ -241,46 +241,38 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
         """x [N, W] through the experts chosen [N, k], mixed by weight [N, k] -> [N, W]."""
-        _, inner, width = self.gate_up_proj.shape
-        if chosen.numel() * inner * width <= GATHERED_AT_MOST:
-            return self._gathered(x, chosen, weight)
-        return self._grouped(x, chosen, weight)
+        slots, (_, inner, width) = chosen.flatten(), self.gate_up_proj.shape
+        x = x.repeat_interleave(chosen.shape[1], 0)
+        y = (self._together if slots.numel() * inner * width <= COPIED_AT_MOST else self._in_turn)(x, slots)
+        return torch.bmm(weight[:, None], y.view(*chosen.shape, width)).squeeze(1)
 
-    def _gathered(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
-        """Few and small matrices: a copy of all that are needed, then one product per projection."""
-        slots, (tokens, choices) = chosen.flatten(), chosen.shape
-        x = x[:, None].expand(-1, choices, -1).reshape(slots.numel(), -1, 1)
-        inner = torch.bmm(gather(self.gate_up_proj, self.gate_up_scale, slots, x), x).squeeze(-1)
-        y = torch.bmm(gather(self.down_proj, self.down_scale, slots, x), gated(inner).unsqueeze(-1))
-        return torch.bmm(weight[:, None], y.view(tokens, choices, -1)).squeeze(1)
+    def _together(self, x: Tensor, experts: Tensor) -> Tensor:
+        """x [n, W], each through its own of experts [n]: a copy of their matrices, one product per projection."""
+        up, down = (scaled(w.index_select(0, experts), s, experts, x) for w, s in self._matrices())
+        inner = gated(torch.bmm(up, x.unsqueeze(-1)).squeeze(-1))
+        return torch.bmm(down, inner.unsqueeze(-1)).squeeze(-1)
 
-    def _grouped(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
-        """One expert after another, each on all of its tokens."""
-        y = torch.zeros_like(x)
-        order = chosen.flatten().argsort(stable=True)  # slots grouped by expert, tokens in order
-        token, share = order // chosen.shape[1], weight.flatten()[order, None]
-        start = 0
-        for expert, count in enumerate(torch.bincount(chosen.flatten()).tolist()):
-            if count:
-                mine = token[start : start + count]
-                y.index_add_(0, mine, self._one(x[mine], expert) * share[start : start + count])
-                start += count
-        return y
+    def _in_turn(self, x: Tensor, experts: Tensor) -> Tensor:
+        """As `_together`, one expert after another, each on all of its rows; no copies."""
+        order = experts.argsort(stable=True)
+        counts = torch.bincount(experts).tolist()
+        used, sizes = [e for e, count in enumerate(counts) if count], [count for count in counts if count]
 
-    def _one(self, x: Tensor, expert: int) -> Tensor:
-        inner = gated(F.linear(x, scaled(self.gate_up_proj, self.gate_up_scale, expert, x)))
-        return F.linear(inner, scaled(self.down_proj, self.down_scale, expert, x))
+        def through(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+            rows = x.split_with_sizes(sizes)
+            return torch.cat([F.linear(r, scaled(weight[e], scale, e, x)) for r, e in zip(rows, used, strict=True)])
+
+        up, down = self._matrices()
+        y = through(gated(through(x.index_select(0, order), *up)), *down)
+        return y.index_select(0, order.argsort())
+
+    def _matrices(self) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+        return (self.gate_up_proj, self.gate_up_scale), (self.down_proj, self.down_scale)
 
 
-def scaled(weight: Tensor, scale: Tensor | None, expert: int, like: Tensor) -> Tensor:
-    """Weight matrix of one expert; a quantized one is multiplied out in the type of the activations."""
-    return weight[expert] if scale is None else weight[expert].to(like.dtype) * scale[expert, :, None]
-
-
-def gather(weight: Tensor, scale: Tensor | None, experts: Tensor, like: Tensor) -> Tensor:
-    """Weight matrices of `experts` [n], as `scaled` gives them one by one."""
-    chosen = weight.index_select(0, experts)
-    return chosen if scale is None else chosen.to(like.dtype) * scale.index_select(0, experts)[:, :, None]
+def scaled(weight: Tensor, scale: Tensor | None, expert: int | Tensor, like: Tensor) -> Tensor:
+    """Weight of one expert or several; a quantized one is multiplied out in the type of the activations."""
+    return weight if scale is None else weight.to(like.dtype) * scale[expert].unsqueeze(-1)
 
 
 class Router(nn.Module):

@@ -170,6 +170,7 @@ def config_dict(shape: dict[str, Any], ids: dict[str, int]) -> dict[str, Any]:
                 "intermediate_size": 48,
                 "vocab_size": size,
                 "num_code_groups": s["codebooks"],
+                **s.get("mtp", {}),
             },
         },
         "code2wav_config": {
@@ -184,6 +185,7 @@ def config_dict(shape: dict[str, Any], ids: dict[str, int]) -> dict[str, Any]:
             "decoder_dim": s["decoder_dim"],
             "upsample_rates": s["upsample_rates"],
             "upsampling_ratios": s["upsampling_ratios"],
+            **s.get("code2wav", {}),
         },
     }
 
