@@ -27,6 +27,7 @@ from antiphon.evaluate.stages import Case, default_case, ensure_tokenizer
 from antiphon.evaluate.stages import trace as trace_stages
 from antiphon.files import write_safetensors
 from antiphon.generate import AudioDelta, Done, Event, Omni, Options, Reply, TextDelta, load
+from antiphon.train import commands
 from antiphon.weights import find_checkpoint, outline, released_names
 
 app = typer.Typer(
@@ -315,6 +316,10 @@ def speak(
     omni = _load(model, device, dtype)
     words = iter(sys.stdin.readline, "") if text == "-" else [text]
     _report(_play(omni.speak(words, voice=voice, seed=seed, max_frames=max_frames), output))
+
+
+for command in (commands.corpus, commands.prepare, commands.train):
+    app.command()(command)
 
 
 @app.callback(invoke_without_command=True)

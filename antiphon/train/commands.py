@@ -1,4 +1,4 @@
-"""`antiphon corpus` and `antiphon train`: the commands that need the `train` extra."""
+"""`antiphon corpus`, `prepare` and `train`: the commands that need the `train` extra."""
 
 from __future__ import annotations
 
@@ -11,11 +11,20 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from antiphon.errors import InputError
 
 say = Console(stderr=True, highlight=False)
+COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 Runs = Annotated[Path, typer.Option(help="Folder of all runs; a recipe's own is named after it.")]
 Cuts = Annotated[Path, typer.Option(help="Folder that the recipes' manifests are in.")]
 
@@ -41,6 +50,28 @@ def corpus(
         say.print(str(path))
 
 
+def prepare(
+    kind: Annotated[str, typer.Argument(help="librispeech, aishell, kaldi or folder.")],
+    source: Annotated[Path, typer.Argument(help="Folder of the corpus.", metavar="DIR")],
+    out: Annotated[Path, typer.Option(help="Folder for the manifests; the sound stays where it is.")] = Path("cuts"),
+    language: Annotated[str | None, typer.Option(help="Of rows that do not say theirs; none: not speech.")] = None,
+) -> None:
+    """Make lhotse cuts of a corpus that is there."""
+    with needs_extra():
+        from antiphon.train.prepare import prepare as prepare_corpus
+    with Progress(*COLUMNS, TimeRemainingColumn(), console=say) as progress:
+        bars = dict[str, TaskID]()
+
+        def move(part: str, done: int, total: int) -> None:
+            if part not in bars:
+                bars[part] = progress.add_task(part)
+            progress.update(bars[part], completed=done, total=total)
+
+        made = prepare_corpus(kind, source, out, language=language, progress=move, tell=say.print)
+    for path in made.values():
+        say.print(str(path))
+
+
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe, or a folder of recipes with an order.yaml.")],
     cuts: Cuts = Path("cuts"),
@@ -62,8 +93,7 @@ def train(
 def _make(sets: dict[str, Any], out: Path, jobs: int) -> dict[str, Path]:
     from antiphon.train.corpus import make_corpus
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=say) as progress:
+    with Progress(*COLUMNS, TimeRemainingColumn(), console=say) as progress:
         bar = progress.add_task("corpus")
         return make_corpus(
             sets, out, jobs or os.cpu_count() or 1, lambda done, of: progress.update(bar, completed=done, total=of)
