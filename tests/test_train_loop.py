@@ -466,6 +466,7 @@ def test_each_player_moves_its_own_weights(tmp_path):
     before = copied(stage)
     train(stage, recipe, tmp_path, quiet=True)
     assert moved(before, stage) == {n for n in before if n.startswith("maker.")}
+    assert Run(stage, recipe, tmp_path).weights.keys() == {n for n in before if n.startswith(("maker.", "judge."))}
 
 
 def test_only_matrices_decay():
@@ -698,6 +699,7 @@ def test_a_recipe(tmp_path):
         ("steps: 100", "steps: 1.5", r"^mine.yaml.optimization.steps is 1.5; expected int$"),
         ("lr: 1e-3", "lr: fast", r"^mine.yaml.optimization.lr is 'fast'; expected a number$"),
         ("lr: 1e-3", "lr: [1]", r"^mine.yaml.optimization.lr is \[1\]; expected float$"),
+        ("lr: 1e-3", "lr: true", r"^mine.yaml.optimization.lr is True; expected float$"),
         ("lr: 1e-3", "lr: 0", r"^optimization: lr must be above 0, average from 0 to below 1$"),
         ("lr: 1e-3", "lr: .nan", r"^optimization: lr must be above 0, average from 0 to below 1$"),
         ("lr: 1e-3", "lr: 1, average: 1", r"^optimization: lr must be above 0, average from 0 to below 1$"),
