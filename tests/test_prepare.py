@@ -3,6 +3,7 @@
 import gzip
 import json
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -337,7 +338,7 @@ def test_files_that_are_not_whole(tmp_path, ending, reason):
     for name in ("whole", "half"):
         path = tmp_path / "in" / f"{name}.{ending}"
         path.parent.mkdir(exist_ok=True)
-        options = {"format": "OGG", "subtype": "OPUS"} if ending == "opus" else {}
+        options: dict[str, Any] = {"format": "OGG", "subtype": "OPUS"} if ending == "opus" else {}
         soundfile.write(path, tone(2.0, 48000), 48000, **options)
         path.with_suffix(".txt").write_text("one two")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

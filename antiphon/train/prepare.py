@@ -260,10 +260,11 @@ def _librispeech(source: Path) -> dict[str, list[Row]]:
 def _librispeech_rows(folder: Path) -> Iterator[Row]:
     from lhotse.recipes.librispeech import parse_utterance
 
-    def read(line: str) -> Pair:
+    def read(chapter: Path, line: str) -> Pair:
         if len(line.split()) < 2:
             raise BadRow("no text")
-        pair = parse_utterance(folder, line, {})
+        there = (chapter / f"{line.split()[0]}.flac").is_file()  # where it is not, lhotse logs a line of its own
+        pair = parse_utterance(folder, line, {}) if there else None
         if pair is None:
             raise BadRow("no audio")
         return pair[0], pair[1].transform_text(str.lower)
@@ -271,7 +272,7 @@ def _librispeech_rows(folder: Path) -> Iterator[Row]:
     for transcript in sorted(folder.rglob("*.trans.txt")):
         for line in transcript.read_text(encoding="utf-8").splitlines():
             if line.strip():
-                yield Row(line.split()[0], partial(read, line))
+                yield Row(line.split()[0], partial(read, transcript.parent, line))
 
 
 def _aishell(source: Path) -> dict[str, list[Row]]:
