@@ -25,7 +25,7 @@ from antiphon.errors import AntiphonError, InputError
 from antiphon.evaluate.parity import Difference, verify
 from antiphon.evaluate.stages import Case, default_case, ensure_tokenizer
 from antiphon.evaluate.stages import trace as trace_stages
-from antiphon.files import write_safetensors
+from antiphon.files import check_target, write_safetensors
 from antiphon.generate import AudioDelta, Done, Event, Omni, Options, Reply, TextDelta, load
 from antiphon.train import commands
 from antiphon.weights import find_checkpoint, outline, released_names
@@ -172,6 +172,7 @@ def trace(
     dtype: DtypeOption = Dtype.auto,
 ) -> None:
     """Write every stage of one greedy answer to a safetensors file: the audio, then the text, in one user turn."""
+    check_target(out)
     sound = read_audio(audio)
     omni = _load(model, device, dtype)
     if ensure_tokenizer(omni):
@@ -202,6 +203,8 @@ def verify_command(
     Antiphon is fed the ids, codes and experts that the other chose. Where it would have chosen another, the lead of its
     candidate's score over the other's is compared, so that rounding at a tie is no difference.
     """
+    if write_golden is not None:
+        check_target(write_golden)
     folder = find_checkpoint(model)
     case = default_case() if audio is None else Case([[read_audio(audio), prompt]])
     case = replace(case, voice=voice, max_text_tokens=max_text_tokens, max_frames=max_frames)
@@ -250,6 +253,8 @@ def talk(
     dtype: DtypeOption = Dtype.auto,
 ) -> None:
     """Answer a spoken question aloud: the text as it is formed, the sound to a file."""
+    if output not in (None, "-"):
+        check_target(output)
     sound = read_audio(audio)
     omni = _load(model, device, dtype)
     session = omni.session(system, window=window)
@@ -258,7 +263,10 @@ def talk(
         session.append_text(prompt)
     speaks = omni.speech is not None
     options = Options(voice, speaks, seed, max_text_tokens=max_text_tokens, max_frames=max_frames)
-    _report(_play(session.respond(options), output))
+    reply = _play(session.respond(options), output)
+    _report(reply)
+    if len(reply.audio) and output is None:
+        say.print("its sound was not kept: -o reply.wav writes it to a file, -o - to standard output")
 
 
 @app.command()
@@ -273,6 +281,8 @@ def transcribe(
     dtype: DtypeOption = Dtype.auto,
 ) -> None:
     """Write down what is said in sound files, one after another."""
+    if language not in TRANSCRIBE:
+        raise InputError(f"there is no prompt for {language!r}: give zh for Chinese, and nothing for other languages")
     omni = _load(model, device, dtype)
     failed = False
     for source in audio:
@@ -280,7 +290,7 @@ def transcribe(
             samples, rate = read_audio(source)
             session = omni.session(window=window)
             session.append_clip(samples, rate)
-            session.append_text(TRANSCRIBE.get(language, TRANSCRIBE[""]))
+            session.append_text(TRANSCRIBE[language])
             reply = next(
                 e.reply for e in session.respond(audio=False, max_text_tokens=max_text_tokens) if isinstance(e, Done)
             )
@@ -311,11 +321,16 @@ def speak(
     dtype: DtypeOption = Dtype.auto,
 ) -> None:
     """Say a text aloud."""
+    if output != "-":
+        check_target(output)
     if not text.strip():
         raise InputError("there is nothing to say; give some text")
     omni = _load(model, device, dtype)
     words = iter(sys.stdin.readline, "") if text == "-" else [text]
-    _report(_play(omni.speak(words, voice=voice, seed=seed, max_frames=max_frames), output))
+    reply = _play(omni.speak(words, voice=voice, seed=seed, max_frames=max_frames), output)
+    if not reply.text_ids:
+        raise InputError("there was nothing to say on standard input; give some text")
+    _report(reply)
 
 
 for command in (commands.corpus, commands.prepare, commands.train):

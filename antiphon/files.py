@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from antiphon.errors import WeightsError
+from antiphon.errors import InputError, WeightsError
 
 DTYPES = {
     "F64": torch.float64,
@@ -55,17 +55,43 @@ def read_header(path: Path) -> dict[str, Entry]:
             head = file.read(8)
             length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
             if length > min(size - 8, 100_000_000):
-                raise ValueError
+                raise WeightsError(f"{path} is {_looks_like(head + file.read(24), length)}")
             table = json.loads(file.read(length))
         entries = {name: _entry(path, value, 8 + length) for name, value in table.items() if name != "__metadata__"}
     except FileNotFoundError:
-        raise WeightsError(f"{path} is missing; download the checkpoint again") from None
+        raise WeightsError(f"{path} does not exist; check the path") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise WeightsError(f"{path} is not a safetensors file; expected the released form (no pickles)") from None
     end = max((entry.stop for entry in entries.values()), default=0)
     if end > size:
         raise WeightsError(f"{path} is cut short: {size:,} of {end:,} bytes are there; download it again")
     return entries
+
+
+def _looks_like(head: bytes, length: int) -> str:
+    """What a file is that begins with `head` and is shorter than the header of `length` bytes it would have."""
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer and not the tensors; fetch them with git lfs pull, or download the file"
+    if head.startswith(b"\x80"):
+        return "a pickle and not a safetensors file; pickles are not loaded, convert it to safetensors"
+    if head[8:9] == b"{" and length < 100_000_000:
+        return "cut short inside its header; download it again"
+    return "not a safetensors file; expected the released form (no pickles)"
+
+
+def check_target(path: str | Path) -> None:
+    """Refuse a file that could not be written, before what is to be written has been computed.
+
+    Raises:
+        InputError: its folder does not exist or may not be written to, or it is a folder itself.
+    """
+    path, folder = Path(path), Path(path).absolute().parent
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the name of a file in it")
+    if not folder.is_dir():
+        raise InputError(f"{path} cannot be written: there is no folder {folder}; make it first")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise InputError(f"{path} cannot be written; check the permissions of {folder}")
 
 
 def _entry(path: Path, value: dict[str, Any], offset: int) -> Entry:

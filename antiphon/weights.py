@@ -113,6 +113,8 @@ def shards(folder: Path) -> dict[Path, dict[str, Entry]]:
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
         found = f" (found {pickles[0]}: pickles are not loaded, convert it to safetensors)" if pickles else ""
         raise WeightsError(f"{folder} has no {INDEX} and no {SINGLE}{found}")
+    if missing := [path for path in paths if not path.exists()]:
+        raise WeightsError(f"{missing[0]} is missing; download the checkpoint again")
     files = {path: read_header(path) for path in paths}
     for name, file in (table or {}).items():
         if name not in files[folder / file]:
@@ -159,6 +161,14 @@ def outline(kind: type[Model], config: OmniConfig, tokenizer: Tokenizer | None =
         # a shared expert of width 0 has tensors without elements on disk, and so it has here
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")
         return kind(config, tokenizer)
+
+
+def check_device(device: torch.device | str, dtype: torch.dtype) -> None:
+    """Raise InputError unless tensors of `dtype` can be made on `device`."""
+    try:
+        torch.empty(1, device=device, dtype=dtype)
+    except (RuntimeError, TypeError, AssertionError) as error:  # all of them are torch's
+        raise InputError(f"there is no device {device} for {dtype} here: {str(error).splitlines()[0]}") from None
 
 
 def allocate(model: Model, device: torch.device | str, dtype: torch.dtype) -> Model:

@@ -30,6 +30,30 @@ def question(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory) -> Path:
+    """A folder of files that are not what they should be, or unusual."""
+    folder = tmp_path_factory.mktemp("bad")
+    x = np.sin(np.arange(16000) / 10).astype(np.float32)
+    sounds = {
+        "silent": (x[:0], 16000),
+        "nan": (x * np.nan, 16000),
+        "short": (x[:100], 16000),
+        "clipped": (np.clip(9 * x, -1, 1), 16000),
+        "hot": (3 * x, 16000),
+        "8000": (x, 8000),
+        "96000": (x, 96000),
+        "stereo": (np.stack([x, x / 2], 1), 16000),
+    }
+    for name, (samples, rate) in sounds.items():
+        soundfile.write(folder / f"{name}.wav", samples, rate, subtype="FLOAT")
+    (folder / "text.wav").write_text("This is a text. " * 99)
+    (folder / "none.wav").write_bytes(b"")
+    (folder / "other").mkdir()
+    (folder / "other" / "config.json").write_text('{"model_type": "llama"}')
+    return folder
+
+
 def run(monkeypatch, *words: object) -> int:
     monkeypatch.setattr(sys, "argv", ["antiphon", *map(str, words)])
     with pytest.raises(SystemExit) as exit_:
@@ -112,14 +136,66 @@ def test_speech_streams_to_standard_output(monkeypatch, checkpoint):
         (("talk", "{question}", "-m", "{checkpoint}", "--window", "3"), "1, 2, 4, 8"),
         (("speak", " ", "-m", "{checkpoint}"), "nothing to say"),
         (("info", "{question}"), "question.wav"),
+        (("info", "{folder}"), "config.json does not exist"),
+        (("info", "{folder}/other"), "model_type is 'llama'"),
+        (("talk", "{folder}", "-m", "{checkpoint}"), "Is a directory"),
+        (("talk", "{folder}/text.wav", "-m", "{checkpoint}"), "text.wav is not readable sound"),
+        (("talk", "{folder}/none.wav", "-m", "{checkpoint}"), "none.wav is not readable sound"),
+        (("talk", "{folder}/silent.wav", "-m", "{checkpoint}"), "silent.wav is empty"),
+        (("talk", "{folder}/nan.wav", "-m", "{checkpoint}"), "NaN or infinite"),
+        (("talk", "{folder}/short.wav", "-m", "{checkpoint}"), "longer than 12.5 ms"),
+        (("talk", "{question}", "-m", "{folder}"), "config.json does not exist"),
+        (("talk", "{question}", "-m", "{checkpoint}", "--device", "tpu9"), "device tpu9"),
+        (("transcribe", "{question}", "-m", "{checkpoint}", "--language", "de"), "give zh for Chinese"),
+        (("trace", "{checkpoint}", "--audio", "{folder}/nan.wav", "--prompt", "?", "--out", "{folder}/t"), "NaN"),
+        (("verify", "{checkpoint}", "--audio", "{folder}/short.wav"), "longer than 12.5 ms"),
+        (("verify", "{checkpoint}", "--voice", "nobody"), "aiden, chelsie, ethan"),
+        (("verify", "{checkpoint}", "--device", "tpu9"), "there is no device tpu9"),
+        (("verify", "{checkpoint}", "--golden", "{folder}/golden"), "write a golden file with --write-golden"),
+        (("verify", "{folder}/other"), "model_type is 'llama'"),
     ],
 )
-def test_an_error_is_one_sentence(monkeypatch, capsys, checkpoint, question, words, said):
-    filled = [word.format(checkpoint=checkpoint, question=question) for word in words]
+def test_an_error_is_one_sentence(monkeypatch, capsys, checkpoint, question, bad, words, said):
+    filled = [word.format(checkpoint=checkpoint, question=question, folder=bad) for word in words]
     assert run(monkeypatch, *filled) == 1
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
     assert said in err.replace("\n", " ")
     assert "Traceback" not in err
+    assert not out
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("no/such/folder/x", "there is no folder"), ("", "is a folder; give the name of a file in it")]
+)
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_computed(
+    monkeypatch, capsys, checkpoint, question, bad, name, said
+):
+    monkeypatch.setattr(cli, "_load", None)
+    monkeypatch.setattr(cli, "verify", None)
+    for words in (
+        ("talk", question, "-m", checkpoint, "-o"),
+        ("speak", "hello", "-m", checkpoint, "-o"),
+        ("trace", checkpoint, "--audio", question, "--prompt", "?", "--out"),
+        ("verify", checkpoint, "--write-golden"),
+    ):
+        assert run(monkeypatch, *words, bad / name) == 1
+        assert said in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize("name", ["clipped", "hot", "8000", "96000", "stereo"])
+def test_sound_of_other_kinds_is_heard(monkeypatch, capsys, checkpoint, bad, name):
+    assert (
+        run(monkeypatch, "talk", bad / f"{name}.wav", "-m", checkpoint, "--max-text-tokens", 3, "--max-frames", 2) == 0
+    )
+    err = capsys.readouterr().err
+    assert "3 text tokens · 0.16 s of speech" in err
+    assert "its sound was not kept: -o reply.wav writes it" in err
+
+
+def test_nothing_on_standard_input_is_nothing_to_say(monkeypatch, capsys, checkpoint):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert run(monkeypatch, "speak", "-", "-m", checkpoint, "-o", "-") == 1
+    assert "nothing to say on standard input" in capsys.readouterr().err
 
 
 def test_flags_stay():

@@ -289,7 +289,7 @@ def test_a_file_that_is_no_session_is_refused(model, tmp_path):
     (tmp_path / "text").write_text("hello")
     with pytest.raises(WeightsError, match="not a safetensors file"):
         model.load_session(tmp_path / "text")
-    with pytest.raises(WeightsError, match="is missing"):
+    with pytest.raises(WeightsError, match="nothing does not exist; check the path"):
         model.load_session(tmp_path / "nothing")
     inside_text(model).save(tmp_path / "session")
     other = omni({"thinker_config.text_config.num_key_value_heads": 4})

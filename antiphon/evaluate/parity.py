@@ -24,7 +24,7 @@ from antiphon.evaluate.reference import load_reference, reference_prompt, refere
 from antiphon.evaluate.stages import COMPARED, Case, Choices, Follower, default_case, ensure_tokenizer, spelled, trace
 from antiphon.files import read_metadata, read_safetensors, write_safetensors
 from antiphon.generate import Omni, load
-from antiphon.weights import open_checkpoint, released_names
+from antiphon.weights import check_device, open_checkpoint, released_names
 
 # largest difference over largest value, and lead of a choice that is not the reference's over its row's largest score
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -108,6 +108,7 @@ def verify(
     stand_in, dtype = ensure_tokenizer(bare), dtype or stored
     case = case or default_case()
     case = replace(case, voice=case.voice or next(iter(bare.voices), None))
+    check_device(device, dtype)
     if case.voice is not None:
         bare.speaker(case.voice)
     prompt, facts = spelled(case, bare.config, bare.tokenizer), _facts(case, bare)
@@ -151,6 +152,8 @@ def _facts(case: Case, model: Omni) -> dict[str, Any]:
 
 
 def _read_golden(path: Path, facts: dict[str, Any]) -> tuple[dict[str, Tensor], torch.dtype]:
+    if not path.is_file():
+        raise InputError(f"{path} is no file; write a golden file with --write-golden")
     theirs = read_safetensors(path)
     if not set(theirs) <= set(COMPARED):
         raise WeightsError(f"{path} is not a golden file; write one with --write-golden")
