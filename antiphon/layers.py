@@ -90,17 +90,17 @@ class Linear(nn.Linear, Part):
 
     def bind(self) -> Bound:
         """As `forward`."""
-        weight, bias = self.weight.t(), self.bias
+        weight, bias, transposed = self.weight, self.bias, self.weight.t()
 
         def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
-            if bias is not None:
-                residual = bias if residual is None else residual + bias
-            return torch.mm(x, weight) if residual is None else torch.addmm(residual, x, weight)
+            if residual is None:
+                return F.linear(x, weight, bias)
+            return torch.addmm(residual if bias is None else residual + bias, x, transposed)
 
         return run
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """[N, inputs] -> [N, outputs], added to `residual` if there is one."""
+        """[…, inputs] -> […, outputs]; [N, inputs] -> [N, outputs] added to `residual` if there is one."""
         return self.bind()(input, residual)
 
 
