@@ -733,3 +733,31 @@ def test_a_recipe_that_is_no_text(tmp_path):
         read_recipe(tmp_path / "mine.yaml")
     with pytest.raises(ConfigError, match=r"^there is no recipe .*gone.yaml$"):
         read_recipe(tmp_path / "gone.yaml")
+
+
+def test_gradients_of_several_batches_make_one_step(tmp_path):
+    parts, whole = TinyStage(TINY), TinyStage(TINY)
+    (x, wanted), (more, also) = parts.batch(0), parts.batch(1)
+    for stage, batches in (
+        (parts, [(x, wanted), (more, also)]),
+        (whole, [(torch.cat([x, more]), torch.cat([wanted, also]))]),
+    ):
+        stage.modules.eval()  # without dropout, which draws for each batch
+        Run(stage, TINY, tmp_path).advance(*batches)
+    for n, p in parts.modules.named_parameters():
+        assert torch.allclose(p, whole.modules.get_parameter(n), atol=1e-5), n
+    assert moved(copied(TinyStage(TINY)), parts)
+
+
+def test_accumulated_steps_share_no_batch(tmp_path):
+    drawn = list[int]()
+
+    class Counted(TinyStage):
+        def batch(self, step: int) -> tuple[Tensor, Tensor]:
+            if step < 10**6:
+                drawn.append(step)
+            return super().batch(step)
+
+    recipe = replace(TINY, optimization=replace(PLAN, steps=5, accumulate=3))
+    train(Counted(recipe), recipe, tmp_path, quiet=True)
+    assert sorted(drawn) == list(range(15))

@@ -150,23 +150,25 @@ class Run:
                 if f"adamw.{n}.step" in tensors:
                     memory[p] = {m: tensors[f"adamw.{n}.{m}"].to(p.device) for m in MOMENTS}
 
-    def advance(self, batch: Any) -> dict[str, Tensor]:
-        """One step of every player; returns the figures to show."""
+    def advance(self, *batches: Any) -> dict[str, Tensor]:
+        """One step of every player over the mean of `batches`; returns the figures of the last to show."""
         plan, figures = self.recipe.optimization, {}
-        lr = learning_rate(plan, self.step)
+        for batch in batches:
+            for player, weights in self.players.items():
+                for n, p in self.weights.items():
+                    p.requires_grad_(n in weights)
+                loss = self.stage.loss(player, batch, self.step)
+                (loss.total / len(batches)).backward()
+                figures |= loss.figures
         for player, weights in self.players.items():
-            for n, p in self.weights.items():
-                p.requires_grad_(n in weights)
-            loss = self.stage.loss(player, batch, self.step)
-            loss.total.backward()
             norm = nn.utils.clip_grad_norm_(weights.values(), plan.clip)
             optimizer = self.optimizers[player]
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = learning_rate(plan, self.step)
             if bool(norm.isfinite()):  # a step that overflowed would be in every later weight
                 optimizer.step()
             optimizer.zero_grad()
-            figures |= loss.figures | {f"{player}/norm": norm}
+            figures[f"{player}/norm"] = norm
         for p in self.weights.values():
             p.requires_grad_(True)
         for n, average in self.average.items():
@@ -222,7 +224,7 @@ def _adamw(weights: dict[str, nn.Parameter], plan: Optimization) -> torch.optim.
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """One file, on the disk before it takes its name: a kill leaves the one before."""
+    """One file that takes its name when it is whole: a kill leaves the one before."""
     write_safetensors(path, tensors, metadata)
     with contextlib.suppress(OSError):  # some file systems have no directories to flush
         handle = os.open(path.parent, os.O_RDONLY)
@@ -269,9 +271,9 @@ def train(stage: Stage, recipe: Recipe, folder: Path, *, quiet: bool = False) ->
         bar = progress.add_task(recipe.name, total=plan.steps, completed=run.step, figures="")
         run.learn()
         clock, shown = time.monotonic(), dict[str, float]()
-        for step, batch in prepared(stage.batch, run.step, plan.steps):
+        for step, batches in prepared(_several(stage.batch, plan.accumulate), run.step, plan.steps):
             seeded(recipe.seed, step)
-            figures = run.advance(batch)
+            figures = run.advance(*batches)
             last, news = run.step == plan.steps, dict[str, float]()
             if run.step % plan.log_every == 0 or last:
                 news = {k: float(v) for k, v in figures.items()} | {"lr": learning_rate(plan, step)}
@@ -290,6 +292,11 @@ def train(stage: Stage, recipe: Recipe, folder: Path, *, quiet: bool = False) ->
             progress.update(bar, completed=run.step, figures=_brief(shown))
     board.close()
     return run
+
+
+def _several(batch: Callable[[int], Any], count: int) -> Callable[[int], list[Any]]:
+    """The batches of a step whose gradients are added up: no two steps share one."""
+    return lambda step: [batch(step * count + i) for i in range(count)]
 
 
 def _log(board: Any, path: Path, step: int, figures: Figures) -> None:

@@ -27,6 +27,7 @@ class Optimization:
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0  # largest norm of the gradient
+    accumulate: int = 1  # batches whose gradients make one step
     average: float = 0.0  # decay of the averaged weights that are validated and kept; 0 keeps the last
     dtype: str = "auto"  # of the matrix products: auto is bfloat16 where the hardware has it
     log_every: int = 20
@@ -35,8 +36,11 @@ class Optimization:
     save_every: int = 200
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.log_every, self.validate_every, self.sample_every, self.save_every) < 1:
-            raise ConfigError("optimization: steps and the *_every intervals must be 1 or more")
+        if (
+            min(self.steps, self.accumulate, self.log_every, self.validate_every, self.sample_every, self.save_every)
+            < 1
+        ):
+            raise ConfigError("optimization: steps, accumulate and the *_every intervals must be 1 or more")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"optimization.dtype is {self.dtype!r}; expected auto, float32 or bfloat16")
         if not self.lr > 0 or not 0 <= self.average < 1:
