@@ -11,13 +11,13 @@ from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 
 import antiphon.generate
 from antiphon.audio import from_pcm16, pcm16, write_audio
+from antiphon.chat import TurnWriter
 from antiphon.codec import Codec
 from antiphon.config_json import parse_codec_config
 from antiphon.files import write_safetensors
 from antiphon.generate import Session
 from antiphon.sampling import THINKER_CODEBOOK
 from antiphon.speaker import load_speaker
-from antiphon.chat import TurnWriter
 from antiphon.train.export import export
 from antiphon.train.loop import BEST, train
 from antiphon.train.recipe import Recipe, read_fields
