@@ -217,7 +217,7 @@ def verify_command(
     else:
         against = f"golden file {golden}" if golden else f"transformers {_transformers_version()}"
         title = f"{model}: Antiphon against {against}, along its ids, codes and experts, in {type_name}"
-        table = Table("stage", "shape", "largest difference", "tolerance", "", title=title)
+        table = Table("stage", "shape", "difference", "tolerance", "", title=title)
         for row in rows:
             bound = f"{row.tolerance:.0e}" if row.tolerance else "identical"
             table.add_row(

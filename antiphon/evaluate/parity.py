@@ -26,8 +26,8 @@ from antiphon.files import read_metadata, read_safetensors, write_safetensors
 from antiphon.generate import Omni, load
 from antiphon.weights import check_device, open_checkpoint, released_names
 
-# largest difference over largest value, and lead of a choice that is not the reference's over its row's largest score
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+NOISY = (torch.float16, torch.bfloat16)  # a single largest difference is mostly rounding
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Difference:
 
     stage: str
     shape: tuple[int, ...]
-    difference: float  # of floats over the largest value; of choices the largest lead over the reference's
+    difference: float  # `largest` or `typical`, of choices the largest lead over the reference's
     tolerance: float
     note: str = ""  # why nothing could be compared
     parted: int = 0  # choices that are not the reference's, and of how many
@@ -71,18 +71,35 @@ def compare(
 
 
 def _difference(stage: str, a: Tensor, b: Tensor, dtype: torch.dtype, choices: Choices | None) -> Difference:
-    if choices is not None:
-        return Difference(
-            stage, tuple(a.shape), choices.gap, TOLERANCES[dtype], parted=choices.parted, choices=choices.made
-        )
+    shape = tuple(a.shape)
+    if choices is not None:  # two scores, each within tolerance
+        tolerance = 2 * TOLERANCES[dtype]
+        return Difference(stage, shape, choices.gap, tolerance, parted=choices.parted, choices=choices.made)
     if not a.is_floating_point():
-        share = float((a != b).double().mean()) if a.numel() else 0.0
-        return Difference(stage, tuple(a.shape), share, 0.0)
-    # the front end is computed in float32 whatever the weights are
-    tolerance = TOLERANCES[torch.float32 if stage == "mel" else dtype]
-    largest = float(b.abs().max()) if b.numel() else 0.0
-    gap = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
-    return Difference(stage, tuple(a.shape), gap / largest if largest else gap, tolerance)
+        return Difference(stage, shape, float((a != b).double().mean()) if a.numel() else 0.0, 0.0)
+    if stage == "mel":  # the front end is computed in float32 whatever the weights are
+        dtype = torch.float32
+    measure = typical if dtype in NOISY else largest
+    return Difference(stage, shape, measure(a.double(), b.double()), TOLERANCES[dtype])
+
+
+def largest(a: Tensor, b: Tensor) -> float:
+    """Largest difference of a from b, over the largest value of b."""
+    if not a.numel():
+        return 0.0
+    gap, scale = float((a - b).abs().max()), float(b.abs().max())
+    return gap / scale if scale else gap
+
+
+def typical(a: Tensor, b: Tensor) -> float:
+    """Root mean square, over the positions of b [.., D] or over all of b [N], of how far a is off each in its own size.
+
+    A position with huge values, as language models have at their first token, does not hide the others.
+    """
+    if not a.numel():
+        return 0.0
+    gap, scale = (a - b).norm(dim=-1), b.norm(dim=-1)
+    return float(torch.where(scale > 0, gap / scale, gap).square().mean().sqrt())
 
 
 def verify(
