@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from antiphon.codec import Codec
 from antiphon.config import CodecConfig, OmniConfig
@@ -157,10 +157,17 @@ def build(
 
 def outline(kind: type[Model], config: OmniConfig, tokenizer: Tokenizer | None = None) -> Model:
     """A model on the meta device: names, shapes and no memory."""
-    with torch.device("meta"), warnings.catch_warnings():
-        # a shared expert of width 0 has tensors without elements on disk, and so it has here
-        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+    with torch.device("meta"), _Blank():
         return kind(config, tokenizer)
+
+
+class _Blank(TorchFunctionMode):
+    """Leaves out initial values: the meta device holds none, and drawing them there imports torch's compiler (3 s)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def check_device(device: torch.device | str, dtype: torch.dtype) -> None:

@@ -267,6 +267,14 @@ def test_tied_embeddings_are_on_disk_once(checkpoint: Checkpoints, tmp_path: Pat
     assert bool((model.thinker.lm_head.weight[3] == 7).all())  # one tensor, not a copy
 
 
+def test_a_model_is_outlined_without_torchs_compiler(checkpoint: Checkpoints) -> None:
+    """Which takes seconds to import, at every start of the command line."""
+    code = "import sys; from antiphon.cli import describe, read_config; "
+    code += "print(describe(read_config(sys.argv[1]))['tensors'], 'torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, checkpoint("base")], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(len(on_disk(checkpoint("base")))), "False"]
+
+
 def test_a_shared_expert_of_width_zero_is_none(checkpoint: Checkpoints) -> None:
     """On disk it has tensors without elements, and a gate that weighs nothing; in the sound it has no part."""
     held = on_disk(checkpoint("routed"))
