@@ -72,10 +72,10 @@ def _looks_like(head: bytes, length: int) -> str:
     """What a file is that begins with `head` and is shorter than the header of `length` bytes it would have."""
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer and not the tensors; fetch them with git lfs pull, or download the file"
-    if head.startswith(b"\x80"):
-        return "a pickle and not a safetensors file; pickles are not loaded, convert it to safetensors"
     if head[8:9] == b"{" and length < 100_000_000:
         return "cut short inside its header; download it again"
+    if head.startswith((b"\x80", b"PK")):  # by itself, or in a zip as torch.save writes it
+        return "a pickle and not a safetensors file; pickles are not loaded, convert it to safetensors"
     return "not a safetensors file; expected the released form (no pickles)"
 
 

@@ -1,5 +1,6 @@
 """Checkpoints in and out: the released form, read into place, and a plain sentence for everything that is wrong."""
 
+import io
 import json
 import math
 import os
@@ -483,6 +484,13 @@ def test_file_cut_inside_its_header(size: int, folder: Path) -> None:
     assert refusal(folder).startswith(f"{shard} is {said}")
 
 
+def test_a_header_whose_length_looks_like_a_pickle(tmp_path: Path) -> None:
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes(struct.pack("<Q", 0x280) + b'{"weight": ')
+    with pytest.raises(WeightsError, match="cut short inside its header"):
+        read_safetensors(path)
+
+
 def header(table: Any) -> bytes:
     data = json.dumps(table).encode()
     return struct.pack("<Q", len(data)) + data
@@ -492,12 +500,19 @@ def pickled() -> bytes:
     return pickle.dumps({"weight": np.ones((30, 30))})
 
 
+def saved_by_torch() -> bytes:
+    file = io.BytesIO()
+    torch.save({"weight": torch.ones(30, 30)}, file)
+    return file.getvalue()
+
+
 GARBAGE: dict[str, Callable[[], bytes]] = {
     "noise": lambda: np.random.default_rng(0).bytes(5000),
     "zeros": lambda: bytes(5000),
     "text": lambda: b"<!DOCTYPE html><html><body>404: no such file</body></html>" * 9,
     "pointer": lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c\nsize 4999999488\n",
     "pickle": pickled,
+    "saved by torch": saved_by_torch,
     "list": lambda: header(["a", "list"]) + bytes(100),
     "no object": lambda: header({"a": 5}) + bytes(100),
     "no offsets": lambda: header({"a": {"dtype": "F32", "shape": [5]}}) + bytes(100),
@@ -519,6 +534,7 @@ def test_a_file_that_is_no_safetensors(kind: str, folder: Path) -> None:
         "strange type": "holds tensors of type F99; expected one of F64, F32",
         "pointer": "is a Git LFS pointer and not the tensors; fetch them with git lfs pull",
         "pickle": "is a pickle and not a safetensors file; pickles are not loaded, convert it",
+        "saved by torch": "is a pickle and not a safetensors file",
     }
     assert text.startswith(f"{shard} {said.get(kind, 'is not a safetensors file; expected')}")
 
