@@ -19,10 +19,11 @@ from antiphon.code2wav import Code2Wav
 from antiphon.config import AudioConfig
 from antiphon.errors import ConfigError
 from antiphon.files import read_safetensors, write_safetensors
+from antiphon.streaming import tails_of
 from antiphon.train.adversary import Adversary, feature_loss, fooling_loss, judging_loss
 from antiphon.train.listener import Listener, at_frames, token_times
 from antiphon.train.loop import BEST, STATE, Stage, train
-from antiphon.train.losses import SpectralDistance
+from antiphon.train.losses import SpectralDistance, Spectrum
 from antiphon.train.recipe import Recipe, read_fields
 from antiphon.train.stages.codec import (
     CODEC_SIZES,
@@ -303,7 +304,7 @@ def test_the_adversary_joins_in_time_and_aut_stays_in_its_own_run(trained):
     assert {"val/mel", "val/used", "val/used.0", "val/error.wanted", "val/error.made"} <= set(judged)
     assert judged[0] == "val/mel"  # what decides which weights are the best
     names = {n.split(".")[0] for n in read_safetensors(trained / BEST)}
-    assert names == {"codec", "code2wav", "head", "semantic", "adversary"}
+    assert names == {"codec", "code2wav", "head", "outline", "semantic", "adversary"}
 
 
 def test_aut_teaches_the_first_codebook_alone(place):
@@ -345,6 +346,24 @@ def test_what_is_trained_is_what_speaks(place, trained, tmp_path):
     assert float((torch.cat(pieces, 1) - made).abs().max()) < 1e-5 * float(made.abs().max())
     start = read_safetensors(trained / BEST)
     assert all(torch.equal(tensors[n], t) for n, t in start.items() if n.startswith("codec."))
+
+
+def test_training_begins_where_the_sound_is(place):
+    """Convolutions of the encoder give mean 0 and deviation 1; the head and the outline say the mean spectrum."""
+    stage = CodecStage(setting(place, "codec"))
+    wave = stage.batch(0)
+    with torch.no_grad():
+        x = stage.codec.encoder.encoder(wave[:, None], tails_of(None))
+        torch.testing.assert_close(x.mean((0, 2)), torch.zeros(CODEC["hidden_size"]), atol=1e-4, rtol=0)
+        torch.testing.assert_close(x.std((0, 2)), torch.ones(CODEC["hidden_size"]), atol=1e-3, rtol=0)
+        silence = torch.zeros(1, 6, CODEC["hidden_size"])
+        said, wanted = stage.outline.map(silence)[0, 0], stage.outline.wanted(wave).mean((0, 1))
+        torch.testing.assert_close(said, wanted)
+        stage.head.out.weight.zero_()
+        made = stage.head(torch.zeros(4, 24, CODEC["hidden_size"]))
+    spectrum = Spectrum(RATE, 1024)
+    mean = [spectrum(w).clamp(min=1e-5).log().mean().item() for w in (wave, made)]
+    assert mean[1] == pytest.approx(mean[0], abs=1)
 
 
 def test_code2wav_begins_as_the_quantizer_ends(place, trained):

@@ -70,6 +70,7 @@ class SoundOptions:
     stft: float = 1.0
     convergence: float = 1.0
     commit: float = 0.25
+    outline: float = 1.0
     semantic: float = 1.0
     quantize: float = 0.2  # share of the steps before codes are used
     judging: Judging = field(default_factory=Judging)
@@ -225,14 +226,22 @@ class CodecStage(SoundStage):
         torch.manual_seed(setting.recipe.seed)
         config, decoder = read_codec_config(setting), code2wav_config(setting)
         self.codec, self.code2wav, self.head = Codec(config), Code2Wav(decoder), SpectrumHead(decoder)
-        modules: dict[str, nn.Module] = {"codec": self.codec, "code2wav": self.code2wav, "head": self.head}
-        trained = ["codec", "code2wav.pre_transformer", "code2wav.upsample", "head"]
+        self.outline = Outline(config)
+        modules: dict[str, nn.Module] = {"codec": self.codec, "code2wav": self.code2wav}
+        modules |= {"head": self.head, "outline": self.outline}
+        trained = ["codec", "code2wav.pre_transformer", "code2wav.upsample", "head", "outline"]
         if "aut" in setting.recipe.init:
             modules["semantic"] = nn.Linear(config.hidden_size, setting.config.audio.d_model)
             trained.append("semantic")
         begin(self.codec)
         begin(self.code2wav)
         super().__init__(setting, modules, trained)
+        wave = self.batch(0).to(self.device)
+        if "codec" not in setting.recipe.init:
+            settle(self.codec, wave)
+        for name, part in (("head", self.head), ("outline", self.outline)):
+            if name not in setting.recipe.init:
+                part.expect(wave)
         self.quantized_from = round(self.options.quantize * self.plan.steps)
 
     def make(self, wave: Tensor, step: int) -> Made:
@@ -246,6 +255,8 @@ class CodecStage(SoundStage):
             q = self.codec.quantizer(latents, generator)
             x, semantic, commit = q.latents, q.semantic, q.commit_loss.mean()
             loss, figures = self.options.commit * commit, {"commit": commit, "used": q.usage.mean()}
+        figures["outline"] = self.outline(x, wave)
+        loss = loss + self.options.outline * figures["outline"]
         if self.listener is not None:
             figures["semantic"] = self._taught(semantic, wave, self.listener)
             loss = loss + self.options.semantic * figures["semantic"]
@@ -317,6 +328,14 @@ class SpectrumHead(nn.Module):
         self.out = nn.Linear(config.hidden_size, hops * 2 * (self.size // 2 + 1))
         self.register_buffer("window", torch.hann_window(self.size), persistent=False)
 
+    @torch.no_grad()
+    def expect(self, wave: Tensor) -> None:
+        """Begin at the mean spectrum of wave [R, N]: else all weights grow in one direction, down to it."""
+        windows = wave.unfold(1, self.size, self.hop) * self.window
+        floor, doubled = FLOOR * self.window.sum(), self.window.square().sum() / self.hop
+        mean = ((torch.fft.rfft(windows).abs() + floor) / doubled).log().mean((0, 1))
+        self.out.bias.view(self.hops, 2, -1)[:, 0] = mean
+
     def forward(self, x: Tensor) -> Tensor:
         """[R, steps, W] -> wave [R, N]; a window begins where its hop does, so nothing is heard ahead of its step."""
         log_magnitude, phase = self.out(x).float().unflatten(-1, (self.hops, 2, -1)).flatten(1, 2).unbind(2)
@@ -324,6 +343,48 @@ class SpectrumHead(nn.Module):
         parts = windows.unflatten(-1, (self.overlap, self.hop)).unbind(2)  # each [R, hops, hop samples]
         shifted = [F.pad(part, (0, 0, i, 0))[:, : part.shape[1]] for i, part in enumerate(parts)]
         return torch.stack(shifted).sum(0).flatten(1)
+
+
+class Outline(nn.Module):
+    """A linear map from latents to log-mel: what codes should say at least, and the shortest way to teach it."""
+
+    def __init__(self, config: CodecConfig, steps: int = 4) -> None:
+        super().__init__()
+        self.spectrum, self.steps = Spectrum(config.sampling_rate, config.frame_samples * 4 // steps), steps
+        self.map = nn.Linear(config.hidden_size, steps * len(self.spectrum.filters))
+
+    @torch.no_grad()
+    def expect(self, wave: Tensor) -> None:
+        """Begin at the mean of wave [R, N]."""
+        self.map.bias.copy_(self.wanted(wave).mean((0, 1)))
+
+    def wanted(self, wave: Tensor) -> Tensor:
+        """Log-mel [R, T, steps * F] of the steps of each frame of wave [R, N]."""
+        mel = self.spectrum.log_mel(self.spectrum(wave)).transpose(1, 2)
+        return mel[:, : mel.shape[1] // self.steps * self.steps].unflatten(1, (-1, self.steps)).flatten(2)
+
+    def forward(self, latents: Tensor, wave: Tensor) -> Tensor:
+        """Mean distance of what latents [R, T, W] say from the log-mel of wave [R, N]."""
+        return (self.map(latents).float() - self.wanted(wave)).abs().mean()
+
+
+def settle(codec: Codec, wave: Tensor) -> None:
+    """Scale and shift the encoder's convolutions: on wave [R, N] their outputs have mean 0 and deviation 1."""
+
+    @torch.no_grad()
+    def level(conv: nn.Module, _: Any, y: Tensor) -> Tensor:
+        assert isinstance(conv, nn.Conv1d)
+        assert conv.bias is not None
+        mean, deviation = y.mean((0, 2)), y.std((0, 2)).clamp(min=1e-6)
+        conv.weight.div_(deviation[:, None, None])
+        conv.bias.sub_(mean).div_(deviation)
+        return (y - mean[:, None]) / deviation[:, None]
+
+    hooks = [m.register_forward_hook(level) for m in codec.encoder.encoder.modules() if isinstance(m, nn.Conv1d)]
+    with torch.enable_grad():  # as in training: without gradients convolutions are bound as products, and not called
+        codec.encoder.encoder(wave[:, None], tails_of(None))
+    for hook in hooks:
+        hook.remove()
 
 
 @torch.no_grad()
