@@ -151,7 +151,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     q = q.transpose(1, 2).reshape(batch, keys, -1, dim)
     if mask is not None and heads > keys:
         mask = mask.repeat(1, 1, heads // keys, 1)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if q.requires_grad and q.device.type == "cpu":  # the kernel's way back is four times slower in bfloat16
+        with torch.autocast("cpu", enabled=False):
+            y = F.scaled_dot_product_attention(widened(q), widened(k), widened(v), attn_mask=mask)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return y.reshape(batch, heads, steps, dim).transpose(1, 2).reshape(batch * steps, heads * dim)
 
 
