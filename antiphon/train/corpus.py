@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ from antiphon.train.world import (
 
 SHARD = 200  # clips in a wav file
 GAP = 0.05  # seconds of silence between them
+SILENT = "silent"  # the voice of text alone
+PACE = 0.07  # seconds that it takes to say a character, about
 DIGITS = (2, 6)  # how many are said, from the first to below the second
 
 
@@ -57,6 +59,7 @@ class Set:
     voices: str = "train"  # train, held-out, flite
     augment: float = 0.0  # share of clips that are augmented
     rate: int = 16000
+    silent: bool = False  # text alone: cuts without a recording, as long as it would take to say them
     seed: int = 0  # added to the corpus's own, where two sets must not be alike
 
 
@@ -78,6 +81,11 @@ class Clip:
     speaker: str | None = None
     custom: dict[str, Any] = field(default_factory=dict)
     parts: tuple[Clip, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        """How long it is."""
+        return len(self.samples) / espeak.RATE
 
 
 def read_corpus(path: Path) -> dict[str, Set]:
@@ -134,15 +142,24 @@ def shards_of(s: Set) -> int:
     return -(-size_of(s) // SHARD)
 
 
+def recipe_of(s: Set) -> str:
+    """What a set is made of, as a line of JSON; fields left at their defaults are not in it."""
+    return json.dumps({f.name: value for f in fields(s) if (value := getattr(s, f.name)) != f.default}, sort_keys=True)
+
+
 def make_shard(out: Path, name: str, s: Set, shard: int) -> None:
     """Write one wav file and the lines of its cuts, unless both are there from the same recipe."""
     folder = out / name
     folder.mkdir(exist_ok=True)
     lines = folder / f"{shard:04d}.jsonl"
-    mark = json.dumps(asdict(s), sort_keys=True)
+    mark = recipe_of(s)
     if lines.exists() and lines.open(encoding="utf-8").readline().strip() == mark:
         return
     clips = [make_clip(name, s, i) for i in range(shard * SHARD, min((shard + 1) * SHARD, size_of(s)))]
+    if s.silent:
+        cuts = [_cut(f"{name}-{shard * SHARD + i:06d}", clip, 0.0, clip.seconds) for i, clip in enumerate(clips)]
+        _whole(lines, "".join(f"{line}\n" for line in (mark, *cuts)).encode())
+        return
     sounds = [resample(clip.samples, espeak.RATE, s.rate) for clip in clips]
     gap = np.zeros(round(GAP * s.rate), np.float32)
     wav = f"{shard:04d}.wav"
@@ -164,21 +181,27 @@ def make_shard(out: Path, name: str, s: Set, shard: int) -> None:
     _whole(lines, "".join(f"{line}\n" for line in (mark, *cuts)).encode())
 
 
-def _cut(name: str, clip: Clip, start: float, duration: float, recording: dict[str, Any]) -> str:
+def _cut(name: str, clip: Clip, start: float, duration: float, recording: dict[str, Any] | None = None) -> str:
     """A lhotse MonoCut as a line of its manifest."""
     cut: dict[str, Any] = {"id": name, "start": start, "duration": duration, "channel": 0, "type": "MonoCut"}
     cut["supervisions"] = []
     at = 0.0
     for i, part in enumerate(clip.parts or (clip,)):
         about = {"label_source": "synthetic", "teacher": None, "score": None, **part.custom}
-        seconds = len(part.samples) / espeak.RATE if clip.parts else duration
-        place = {"id": f"{name}-{i}", "recording_id": recording["id"], "start": at, "duration": seconds, "channel": 0}
+        seconds = part.seconds if clip.parts else duration
+        place = {
+            "id": f"{name}-{i}",
+            "recording_id": recording["id"] if recording else name,
+            "start": at,
+            "duration": seconds,
+            "channel": 0,
+        }
         said = {"text": part.text, "language": part.language, "speaker": part.speaker, "custom": about}
         cut["supervisions"].append({**place, **said})
         at += seconds
     if clip.parts:
         cut["custom"] = clip.custom
-    return json.dumps({**cut, "recording": recording}, ensure_ascii=False)
+    return json.dumps({**cut, "recording": recording} if recording else cut, ensure_ascii=False)
 
 
 def _join(out: Path, name: str, count: int) -> None:
@@ -222,7 +245,9 @@ def speech(s: Set, index: int, rng: np.random.Generator) -> Clip:
 
 
 def draw_voice(s: Set, rng: np.random.Generator) -> espeak.Voice | str:
-    """A voice of the set: espeak-ng's, or the name of one of flite's."""
+    """A voice of the set: espeak-ng's, the name of one of flite's, or none."""
+    if s.silent:
+        return SILENT
     if s.voices == "flite":
         return espeak.FLITE_VOICES[int(rng.integers(len(espeak.FLITE_VOICES)))]
     return espeak.draw_voice(rng, espeak.HELD_OUT_VARIANTS if s.voices == "held-out" else espeak.TRAIN_VARIANTS)
@@ -231,7 +256,9 @@ def draw_voice(s: Set, rng: np.random.Generator) -> espeak.Voice | str:
 def spoken(sentence: Sentence, voice: espeak.Voice | str, speaker: str | None = None) -> Clip:
     """A sentence in a voice."""
     custom = {"template": sentence.template, "split": sentence.split}
-    if isinstance(voice, str):
+    if voice == SILENT:
+        samples, name = np.zeros(round(PACE * len(sentence.spoken) * espeak.RATE), np.float32), SILENT
+    elif isinstance(voice, str):
         samples, name = espeak.flite_say(sentence.spoken, voice), f"flite-{voice}"
     else:
         samples = espeak.say(sentence.spoken, LANGUAGES[sentence.language].espeak, voice)
@@ -310,7 +337,7 @@ def conversation(s: Set, index: int, rng: np.random.Generator) -> Clip:
         reply: dict[str, Any] = {"role": "assistant", "content": turn.answer}
         if turn.reply:
             reply |= {"supervision": len(parts), "voice": name}
-            parts.append(spoken(turn.reply, espeak.PRESETS[name], name))
+            parts.append(spoken(turn.reply, SILENT if s.silent else espeak.PRESETS[name], name))
         messages.append(reply)
     custom = {"messages": messages, "kind": talk.kind, "template": talk.template, "split": talk.split}
     samples = np.concatenate([part.samples for part in parts])
