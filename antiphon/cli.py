@@ -217,12 +217,11 @@ def verify_command(
     else:
         against = f"golden file {golden}" if golden else f"transformers {_transformers_version()}"
         title = f"{model}: Antiphon against {against}, along its ids, codes and experts, in {type_name}"
-        table = Table("stage", "shape", "difference", "tolerance", "", title=title)
+        table = Table("stage", "shape", "difference", "tolerance", "largest", "", title=title)
         for row in rows:
             bound = f"{row.tolerance:.0e}" if row.tolerance else "identical"
-            table.add_row(
-                row.stage, str(list(row.shape)), _found(row), bound, "ok" if row.agrees else "[red]DIFFERS[/]"
-            )
+            verdict, single = "ok" if row.agrees else "[red]DIFFERS[/]", f"{row.largest:.1e}" if row.largest else ""
+            table.add_row(row.stage, str(list(row.shape)), _found(row), bound, single, verdict)
         Console(highlight=False).print(table)
     if not agrees:
         first = next(row.stage for row in rows if not row.agrees)

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from antiphon.codec import Codec
 from antiphon.config import CodecConfig, OmniConfig
 from antiphon.config_json import parse_codec_config, read_config, read_json, to_json
-from antiphon.errors import AntiphonError, InputError, WeightsError
+from antiphon.errors import AntiphonError, ConfigError, InputError, WeightsError
 from antiphon.files import Entry, read_header, read_into, read_metadata, write_safetensors
 from antiphon.layers import disk_tensors
 from antiphon.model import Boxes
@@ -233,6 +233,33 @@ def load_checkpoint(
                 if progress is not None:
                     progress(done, total)
     return model
+
+
+def load_box(box: nn.Module, name: str, name_or_path: str | Path) -> None:
+    """Fill one box of another model, or a part of a box, from a checkpoint: what it was called there is `name`.
+
+    Boxes are aut, thinker, talker, mtp and code2wav; a part is named after its box, as in code2wav.pre_transformer.
+
+    Raises:
+        ConfigError, WeightsError: no such box, or the checkpoint's tensors are not exactly those of `box`.
+    """
+    first, _, part = name.partition(".")
+    if (prefix := next((on_disk for ours, on_disk in PREFIXES.items() if ours.endswith(f"{first}.")), None)) is None:
+        boxes = ", ".join(ours.removesuffix(".").rpartition(".")[2] for ours in PREFIXES)
+        raise ConfigError(f"a checkpoint has no {first}; it has {boxes}")
+    within = f"{prefix}{part}." if part else prefix
+    inner = tuple(p for p in PREFIXES.values() if p.startswith(prefix) and p != prefix)
+    folder = find_checkpoint(name_or_path)
+    files = {
+        path: {n: e for n, e in entries.items() if n.startswith(within) and not n.startswith(inner)}
+        for path, entries in shards(folder).items()
+    }
+    wanted = {within + n: tensor for n, tensor in disk_tensors(box)}
+    compare(wanted, files)
+    for path, entries in files.items():
+        with path.open("rb", buffering=0) as file:
+            for n, entry in entries.items():
+                read_into(file, entry, wanted[n])
 
 
 def find_tokenizer(folder: Path, config: OmniConfig) -> Tokenizer | None:

@@ -45,7 +45,7 @@ def note() -> Callable[[list[Difference]], None]:
 
     def keep(rows: list[Difference]) -> None:
         for row in rows:
-            LARGEST[row.stage] = max(LARGEST.get(row.stage, 0.0), row.difference)
+            LARGEST[row.stage] = max(LARGEST.get(row.stage, 0.0), row.largest or row.difference)
 
     return keep
 

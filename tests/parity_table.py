@@ -16,7 +16,7 @@ from tests.shapes import SHAPES, write_shape
 
 
 def main() -> int:
-    """Print a row per checkpoint and type: the largest difference of each stage; 1 if any disagrees."""
+    """Print a row per checkpoint and type: the difference of each stage; 1 if any disagrees."""
     print(f"| checkpoint | {' | '.join(COMPARED)} |\n|---{'|---' * len(COMPARED)}|", flush=True)
     agrees = True
     for name, dtype in product(SHAPES, (torch.float32, torch.bfloat16)):

@@ -30,7 +30,7 @@ from antiphon.evaluate.parity import verify
 from antiphon.evaluate.reference import load_reference
 from antiphon.files import read_metadata, read_safetensors, write_safetensors
 from antiphon.generate import Omni, load
-from antiphon.weights import INDEX, SINGLE, _groups, released_names, released_tensors, save_checkpoint
+from antiphon.weights import INDEX, SINGLE, _groups, load_box, released_names, released_tensors, save_checkpoint
 from tests.shapes import SHAPES, write_shape
 
 Checkpoints = Callable[[str], Path]
@@ -767,3 +767,34 @@ def test_peak_memory_of_loading(megabytes: int, checkpoint: Checkpoints, tmp_pat
     above = int(peak) - int(before)
     # not less either: what is mapped and not read yet would count later
     assert 0.95 * size < above < 1.15 * size, f"{above / size:.3f} of its size"
+
+
+# ------------------------------------------------------------------------------------- boxes one by one
+
+
+@pytest.mark.parametrize("name", ["aut", "thinker", "talker", "mtp", "code2wav", "code2wav.pre_transformer"])
+def test_a_box_is_filled_from_a_checkpoint(checkpoint: Checkpoints, name: str) -> None:
+    model = load(checkpoint("base"))
+    part = model.get_submodule(name if name.startswith(("aut", "thinker")) else f"speech.{name}")
+    wanted = {n: t.clone() for n, t in part.state_dict().items()}
+    with torch.no_grad():
+        for p in part.parameters():
+            p.zero_()
+    load_box(part, name, checkpoint("base"))
+    assert_same_tensors(dict(part.state_dict()), wanted)
+    assert any(bool(t.any()) for t in wanted.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("ear", ConfigError, r"^a checkpoint has no ear; it has aut, thinker, talker, mtp, code2wav$"),
+        ("mtp", WeightsError, r"^tensor talker.code_predictor.\S+ is m"),
+        ("aut.layers", WeightsError, r"^tensor thinker.audio_tower.layers.conv2d1.weight is missing from the"),
+    ],
+)
+def test_a_box_that_a_checkpoint_does_not_hold(checkpoint: Checkpoints, name: str, error: type, message: str) -> None:
+    model = load(checkpoint("base"))
+    box = load(checkpoint("odd")).speaking().mtp if name == "mtp" else model.aut
+    with pytest.raises(error, match=message):
+        load_box(box, name, checkpoint("base"))

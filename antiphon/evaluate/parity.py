@@ -27,7 +27,6 @@ from antiphon.generate import Omni, load
 from antiphon.weights import check_device, open_checkpoint, released_names
 
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-NOISY = (torch.float16, torch.bfloat16)  # a single largest difference is mostly rounding
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,9 @@ class Difference:
 
     stage: str
     shape: tuple[int, ...]
-    difference: float  # `largest` or `typical`, of choices the largest lead over the reference's
+    difference: float  # `typical`, which must be within tolerance; of choices the largest lead over the reference's
     tolerance: float
+    largest: float = 0.0  # difference of a single value, over the largest value: shown, for it is mostly rounding
     note: str = ""  # why nothing could be compared
     parted: int = 0  # choices that are not the reference's, and of how many
     choices: int = 0
@@ -62,9 +62,9 @@ def compare(
             continue
         if a is None or b is None:
             missing = "antiphon" if a is None else "the reference"
-            rows.append(Difference(stage, (), float("inf"), 0.0, f"missing in {missing}"))
+            rows.append(Difference(stage, (), float("inf"), 0.0, note=f"missing in {missing}"))
         elif a.shape != b.shape:
-            rows.append(Difference(stage, tuple(a.shape), float("inf"), 0.0, f"reference has {list(b.shape)}"))
+            rows.append(Difference(stage, tuple(a.shape), float("inf"), 0.0, note=f"reference has {list(b.shape)}"))
         else:
             rows.append(_difference(stage, a, b, dtype, (choices or {}).get(stage)))
     return rows
@@ -79,8 +79,8 @@ def _difference(stage: str, a: Tensor, b: Tensor, dtype: torch.dtype, choices: C
         return Difference(stage, shape, float((a != b).double().mean()) if a.numel() else 0.0, 0.0)
     if stage == "mel":  # the front end is computed in float32 whatever the weights are
         dtype = torch.float32
-    measure = typical if dtype in NOISY else largest
-    return Difference(stage, shape, measure(a.double(), b.double()), TOLERANCES[dtype])
+    a, b = a.double(), b.double()
+    return Difference(stage, shape, typical(a, b), TOLERANCES[dtype], largest(a, b))
 
 
 def largest(a: Tensor, b: Tensor) -> float:

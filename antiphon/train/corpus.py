@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from antiphon.audio import Samples, write_audio
 from antiphon.errors import ConfigError
@@ -121,7 +122,7 @@ def make_corpus(sets: dict[str, Set], out: Path, jobs: int, progress: Callable[[
     """
     out.mkdir(parents=True, exist_ok=True)
     work = [(out, name, s, shard) for name, s in sets.items() for shard in range(shards_of(s))]
-    with ProcessPoolExecutor(jobs) as pool:
+    with ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:  # a core each
         for done, future in enumerate(as_completed([pool.submit(make_shard, *task) for task in work]), 1):
             future.result()
             progress(done, len(work))

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,7 +140,7 @@ class Run:
         if about["recipe"] != self.recipe.fingerprint:
             raise ConfigError(f"{self.folder} holds a run of another recipe; give --runs another folder or remove it")
         tensors = read_safetensors(path)
-        _fill(self.stage.modules, tensors, "model.", path)
+        fill(self.stage.modules, tensors, "model.", path)
         self.step, self.best = about["step"], about["best"]
         for n, average in self.average.items():
             average.copy_(tensors[f"average.{n}"])
@@ -241,11 +241,15 @@ def load_weights(module: nn.Module, run: Path, name: str) -> None:
     path = run / BEST
     if not path.exists():
         raise WeightsError(f"{run} has no {BEST} yet; train that stage first")
-    _fill(module, read_safetensors(path), f"{name}.", path)
+    fill(module, read_safetensors(path), f"{name}.", path)
 
 
-def _fill(module: nn.Module, tensors: dict[str, Tensor], prefix: str, path: Path) -> None:
-    """Fill `module` from those of the tensors whose names begin with `prefix`."""
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, path: Path) -> None:
+    """Fill `module` from those of the tensors whose names begin with `prefix`.
+
+    Raises:
+        WeightsError: they do not fit; the sentence names the file, `path`.
+    """
     tensors = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     wanted = {n: list(t.shape) for n, t in module.state_dict().items()}
     found = {n: list(t.shape) for n, t in tensors.items()}

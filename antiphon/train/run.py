@@ -105,6 +105,8 @@ def make_tokenizer(recipe: Recipe, recipes: Path, cuts: Path, folder: Path) -> N
     for source in recipe.data.mix:
         examples = [Example(cut, source.task) for cut in read_cuts(source.cuts, cuts)]
         texts += [transcript(e.text, e.language) for e in examples] * max(1, round(source.weight))
+        messages = [m for e in examples for m in (e.cut.custom or {}).get("messages", ())]
+        texts += [m["content"] for m in messages if isinstance(m["content"], str)]
     config = json.loads((recipes / recipe.model).read_text(encoding="utf-8"))
     folder.mkdir(parents=True, exist_ok=True)
     size = config["thinker_config"]["text_config"]["vocab_size"]

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from antiphon.codec import Codec
 from antiphon.config import OmniConfig
 from antiphon.config_json import read_config
 from antiphon.errors import ConfigError
+from antiphon.speaker import SPEAKER_FILE, SpeakerEncoder, load_speaker
 from antiphon.tokenizer import Tokenizer
 from antiphon.train.data import Mix
-from antiphon.train.loop import load_weights
+from antiphon.train.loop import fill, load_weights
 from antiphon.train.recipe import Data, Optimization, Recipe, Source
+from antiphon.weights import find_checkpoint, load_box, load_codec
 
 TOKENIZER = "tokenizer"  # the run that every other stage takes its tokenizer and its config.json from
 
@@ -67,11 +70,24 @@ class Setting:
         Raises:
             ConfigError: `init` or `freeze` name what this stage does not have.
         """
-        for name, run in self.recipe.init.items():
-            load_weights(self._module(modules, name), self.run_of(run), name)
+        for name, source in self.recipe.init.items():
+            self._begin(self._module(modules, name), name, source)
         for name in self.recipe.freeze:
             self._module(modules, name).requires_grad_(False)
         return modules.to(self.device)
+
+    def _begin(self, module: nn.Module, name: str, source: str) -> None:
+        """Fill a module from an earlier run, or from a checkpoint: a folder or a Hub id, told by its slash."""
+        if "/" not in source:
+            load_weights(module, self.run_of(source), name)
+        elif isinstance(module, Codec):  # this one and the next are files of their own beside a checkpoint
+            folder = find_checkpoint(source)
+            fill(module, load_codec(folder, module.config.num_quantizers).state_dict(), "", folder)
+        elif isinstance(module, SpeakerEncoder):
+            folder = find_checkpoint(source)
+            fill(module, load_speaker(folder / SPEAKER_FILE).state_dict(), "", folder)
+        else:
+            load_box(module, name, source)
 
     def _module(self, modules: nn.ModuleDict, name: str) -> nn.Module:
         try:
