@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import json
-import struct
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, NoReturn
+from typing import Annotated, Any, NoReturn
 
+import numpy as np
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from antiphon.audio import pcm16, read_audio, write_audio
+from antiphon.audio import Samples, read_audio
 from antiphon.config import OmniConfig
 from antiphon.config_json import read_config
-from antiphon.errors import AntiphonError, InputError
-from antiphon.evaluate.parity import Difference, verify
-from antiphon.evaluate.stages import Case, default_case, ensure_tokenizer
-from antiphon.evaluate.stages import trace as trace_stages
-from antiphon.files import check_target, write_safetensors
-from antiphon.generate import AudioDelta, Done, Event, Omni, Options, Reply, TextDelta, load
+from antiphon.errors import AntiphonError, AudioError, InputError
+from antiphon.evaluate.commands import trace, verify_command
+from antiphon.files import check_target
+from antiphon.generate import Omni, Options
+from antiphon.terminal import (
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    FrameLimit,
+    JsonOption,
+    Model,
+    ModelOption,
+    SeedOption,
+    TextLimit,
+    VoiceOption,
+    WindowOption,
+    escaped,
+    load_model,
+    play,
+    report_line,
+    say,
+)
 from antiphon.train import commands
+from antiphon.transcripts import FORMATS, HEARD, SPOKEN, check_language, transcribe
 from antiphon.weights import find_checkpoint, outline, released_names
 
 app = typer.Typer(
@@ -36,35 +49,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="The audio side of Qwen3-Omni: it listens, understands and answers aloud.",
 )
-say = Console(stderr=True, highlight=False)  # results go to standard output, everything else here
-TRANSCRIBE = {"zh": "请将这段中文语音转换为纯文本。", "": "Transcribe the audio into text."}  # the release's prompts
-
-
-class Dtype(StrEnum):
-    """Types the weights can be held in."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float64 = "float64"
-
-    @property
-    def torch(self) -> torch.dtype | None:
-        """The torch type, None for the one on disk."""
-        return None if self is Dtype.auto else getattr(torch, self.value)
-
-
-Model = Annotated[str, typer.Argument(help="Checkpoint folder or Hub id.", metavar="MODEL")]
-ModelOption = Annotated[str, typer.Option("--model", "-m", help="Checkpoint folder or Hub id.")]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
-DtypeOption = Annotated[Dtype, typer.Option(help="Type of the weights; auto is the one on disk.")]
-VoiceOption = Annotated[str | None, typer.Option(help="Voice; the checkpoint's first by default.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of the sampled speech.")]
-WindowOption = Annotated[int | None, typer.Option(help="Seconds the encoder attends over: 1, 2, 4 or 8 (as released).")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-TextLimit = Annotated[int, typer.Option("--max-text-tokens", min=1, help="Longest answer in text tokens.")]
-FrameLimit = Annotated[int, typer.Option("--max-frames", min=1, help="Longest speech in frames of 80 ms.")]
 
 
 def main() -> NoReturn:
@@ -72,7 +56,7 @@ def main() -> NoReturn:
     try:
         app()
     except AntiphonError as error:
-        say.print(f"[bold red]error:[/] {_escaped(str(error))}", soft_wrap=True)
+        say.print(f"[bold red]error:[/] {escaped(str(error))}", soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -156,94 +140,22 @@ def _times(c: Any) -> str:
     return " x ".join(map(str, (*c.upsampling_ratios, *c.upsample_rates)))
 
 
-@app.command()
-def trace(
-    model: Model,
-    audio: Annotated[str, typer.Option(help="Sound file; - is standard input.")],
-    prompt: Annotated[str, typer.Option(help="Text after the audio.")],
-    out: Annotated[Path, typer.Option(help="safetensors file to write.")],
-    voice: VoiceOption = None,
-    max_text_tokens: TextLimit = 64,
-    max_frames: FrameLimit = 64,
-    system: Annotated[str | None, typer.Option(help="Text of a system turn.")] = None,
-    repetition_penalty: Annotated[float, typer.Option(help="Of codebook 0, greedy or not.")] = 1.05,
-    window: WindowOption = None,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = Dtype.auto,
-) -> None:
-    """Write every stage of one greedy answer to a safetensors file: the audio, then the text, in one user turn."""
-    check_target(out)
-    sound = read_audio(audio)
-    omni = _load(model, device, dtype)
-    if ensure_tokenizer(omni):
-        say.print("this checkpoint has no tokenizer: bytes stand in for its tokens")
-    case = Case([[sound, prompt]], system, voice, max_text_tokens, max_frames, repetition_penalty, window)
-    stages = trace_stages(omni, case)
-    write_safetensors(out, stages)
-    for name, tensor in stages.items():
-        say.print(f"{name:16} {list(tensor.shape)!s:16} {str(tensor.dtype).removeprefix('torch.')}")
-
-
-@app.command("verify")
-def verify_command(
-    model: Model,
-    audio: Annotated[str | None, typer.Option(help="Sound file instead of a made-up clip.")] = None,
-    prompt: Annotated[str, typer.Option(help="Text after --audio.")] = "What did you hear?",
-    voice: VoiceOption = None,
-    max_text_tokens: TextLimit = 12,
-    max_frames: FrameLimit = 12,
-    golden: Annotated[Path | None, typer.Option(help="Compare with this file instead of transformers.")] = None,
-    write_golden: Annotated[Path | None, typer.Option(help="Keep what transformers computed in this file.")] = None,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = Dtype.auto,
-    as_json: JsonOption = False,
-) -> None:
-    """Compare every stage with the installed transformers, or with a golden file; exit 1 if one differs.
-
-    Antiphon is fed the ids, codes and experts that the other chose. Where it would have chosen another, the lead of its
-    candidate's score over the other's is compared, so that rounding at a tie is no difference.
-    """
-    if write_golden is not None:
-        check_target(write_golden)
-    folder = find_checkpoint(model)
-    case = default_case() if audio is None else Case([[read_audio(audio), prompt]])
-    case = replace(case, voice=voice, max_text_tokens=max_text_tokens, max_frames=max_frames)
-    with say.status("computing every stage twice: transformers, then Antiphon"):
-        rows, _, used = verify(folder, case, dtype=dtype.torch, device=device, golden=golden, write_golden=write_golden)
-    agrees, type_name = all(row.agrees for row in rows), str(used).removeprefix("torch.")
-    if as_json:
-        stages = [{**vars(row), "agrees": row.agrees} for row in rows]
-        print(json.dumps({"agrees": agrees, "dtype": type_name, "stages": stages}, indent=2))
-    else:
-        against = f"golden file {golden}" if golden else f"transformers {_transformers_version()}"
-        title = f"{model}: Antiphon against {against}, along its ids, codes and experts, in {type_name}"
-        table = Table("stage", "shape", "difference", "tolerance", "largest", "", title=title)
-        for row in rows:
-            bound = f"{row.tolerance:.0e}" if row.tolerance else "identical"
-            verdict, single = "ok" if row.agrees else "[red]DIFFERS[/]", f"{row.largest:.1e}" if row.largest else ""
-            table.add_row(row.stage, str(list(row.shape)), _found(row), bound, single, verdict)
-        Console(highlight=False).print(table)
-    if not agrees:
-        first = next(row.stage for row in rows if not row.agrees)
-        say.print(f"[bold red]disagreement[/], first in {first}")
-        raise typer.Exit(1)
-
-
-def _found(row: Difference) -> str:
-    """What was found in one stage."""
-    if row.parted:
-        return f"{row.difference:.1e} ({row.parted} of {row.choices} chosen otherwise)"
-    return row.note or ("identical" if row.difference == 0 else f"{row.difference:.1e}")
+LanguageOption = Annotated[str, typer.Option(help="Language code; zh is asked for in Chinese, as the release was.")]
+CloneOption = Annotated[str | None, typer.Option(help="Recording of the voice to speak with instead, 3 s or more.")]
 
 
 @app.command()
 def talk(
-    audio: Annotated[str, typer.Argument(help="Spoken question; - is standard input.")],
-    model: ModelOption,
+    audio: Annotated[
+        str | None, typer.Argument(help="Spoken question; - is standard input, nothing the microphone.")
+    ] = None,
+    model: ModelOption = "tiny",
     output: Annotated[str | None, typer.Option("--output", "-o", help="WAV file of the answer; - streams it.")] = None,
     voice: VoiceOption = None,
+    clone: CloneOption = None,
     prompt: Annotated[str, typer.Option(help="Text to add after the audio.")] = "",
     system: Annotated[str | None, typer.Option(help="Text of a system turn.")] = None,
+    heard: Annotated[bool, typer.Option(help="Show first what was heard.")] = True,
     max_text_tokens: TextLimit = 1024,
     max_frames: FrameLimit = 4096,
     seed: SeedOption = 0,
@@ -251,28 +163,60 @@ def talk(
     device: DeviceOption = "cpu",
     dtype: DtypeOption = Dtype.auto,
 ) -> None:
-    """Answer a spoken question aloud: the text as it is formed, the sound to a file."""
+    """Answer a spoken question aloud: what was heard, the text as it is formed, the sound to a file."""
     if output not in (None, "-"):
         check_target(output)
-    sound = read_audio(audio)
-    omni = _load(model, device, dtype)
+    samples, rate = record() if audio is None else read_audio(audio)
+    omni = load_model(model, device, dtype)
+    speaker = speaker_of(omni, voice, clone)
     session = omni.session(system, window=window)
-    session.append_clip(*sound)
+    session.append_audio(samples, rate)
     if prompt:
         session.append_text(prompt)
+    if heard:
+        said = transcribe(omni, samples, rate, window=window, longest=longest_piece(omni))
+        say.print(f"[bold]heard[/]   {escaped(said.text)}", soft_wrap=True)
+    say.print("[bold]answer[/]  ", end="")
     speaks = omni.speech is not None
-    options = Options(voice, speaks, seed, max_text_tokens=max_text_tokens, max_frames=max_frames)
-    reply = _play(session.respond(options), output)
-    _report(reply)
+    options = Options(speaker, speaks, seed, max_text_tokens=max_text_tokens, max_frames=max_frames)
+    reply = play(session.respond(options), output)
+    report_line(reply)
     if len(reply.audio) and output is None:
         say.print("its sound was not kept: -o reply.wav writes it to a file, -o - to standard output")
 
 
 @app.command()
-def transcribe(
+def ask(
+    audio: Annotated[str, typer.Argument(help="Sound file; - is standard input.")],
+    question: Annotated[str, typer.Argument(help="What to say about it.")],
+    model: ModelOption = "tiny",
+    system: Annotated[str | None, typer.Option(help="Text of a system turn.")] = None,
+    max_text_tokens: TextLimit = 1024,
+    window: WindowOption = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = Dtype.auto,
+) -> None:
+    """Answer a written question about a sound, in text."""
+    if not question.strip():
+        raise InputError("there is no question; give some text")
+    samples, rate = read_audio(audio)
+    omni = load_model(model, device, dtype)
+    session = omni.session(system, window=window)
+    session.append_clip(samples, rate)
+    session.append_text(question)
+    reply = play(session.respond(Options(audio=False, max_text_tokens=max_text_tokens)), None, shown=False)
+    print(reply.text)
+
+
+@app.command("transcribe")
+def transcribe_command(
     audio: Annotated[list[str], typer.Argument(help="Sound files; - is standard input.")],
-    model: ModelOption,
-    language: Annotated[str, typer.Option(help="zh asks in Chinese, as the release was evaluated.")] = "",
+    model: ModelOption = "tiny",
+    language: LanguageOption = "",
+    form: Annotated[str, typer.Option("--format", help="txt, json, srt or vtt; times are where pieces were cut.")] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder: a file for each recording instead of standard output.")
+    ] = None,
     max_text_tokens: TextLimit = 1024,
     window: WindowOption = None,
     as_json: JsonOption = False,
@@ -280,28 +224,48 @@ def transcribe(
     dtype: DtypeOption = Dtype.auto,
 ) -> None:
     """Write down what is said in sound files, one after another."""
-    if language not in TRANSCRIBE:
-        raise InputError(f"there is no prompt for {language!r}: give zh for Chinese, and nothing for other languages")
-    omni = _load(model, device, dtype)
+    form = form or ("json" if as_json else "txt")
+    if form not in FORMATS:
+        raise InputError(f"there is no format {form!r}; there are {', '.join(FORMATS)}")
+    check_language(language, HEARD)
+    if out is not None and not out.is_dir():
+        raise InputError(f"{out} is no folder; make it first")
+    omni = load_model(model, device, dtype)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f} s"),
+        TimeRemainingColumn(),
+    )
     failed = False
-    for source in audio:
-        try:
-            samples, rate = read_audio(source)
-            session = omni.session(window=window)
-            session.append_clip(samples, rate)
-            session.append_text(TRANSCRIBE[language])
-            reply = next(
-                e.reply for e in session.respond(audio=False, max_text_tokens=max_text_tokens) if isinstance(e, Done)
-            )
-        except AntiphonError as error:  # the other files are still worth writing down
-            say.print(f"[bold red]error:[/] {_escaped(str(error))}", soft_wrap=True)
-            failed = True
-            continue
-        if as_json:
-            line = {"file": source, "text": reply.text, "seconds": len(samples) / rate, "finish": reply.finish}
-            print(json.dumps(line, ensure_ascii=False), flush=True)
-        else:
-            print(reply.text if len(audio) == 1 else f"{source}\t{reply.text}", flush=True)
+    with Progress(*columns, console=say, transient=True) as progress:
+        for number, source in enumerate(audio, 1):
+            bar = progress.add_task(f"{number} of {len(audio)}", total=None)
+            try:
+                transcript = transcribe(
+                    omni,
+                    *read_audio(source),
+                    language=language,
+                    window=window,
+                    longest=longest_piece(omni),
+                    max_text_tokens=max_text_tokens,
+                    progress=lambda done, of, bar=bar: progress.update(bar, completed=done, total=of),
+                )
+            except AntiphonError as error:  # the other files are still worth writing down
+                say.print(f"[bold red]error:[/] {escaped(str(error))}", soft_wrap=True)
+                failed = True
+                continue
+            finally:
+                progress.remove_task(bar)
+            text = FORMATS[form](transcript)
+            if form == "json":
+                text = json.dumps({"file": source, **json.loads(text)}, ensure_ascii=False) + "\n"
+            if out is not None:
+                target = out / f"{Path(source).stem}.{form}"
+                target.write_text(text, encoding="utf-8")
+                print(target, flush=True)
+            else:
+                print(f"{source}\t{text}" if form == "txt" and len(audio) > 1 else text, end="", flush=True)
     if failed:
         raise typer.Exit(1)
 
@@ -309,11 +273,13 @@ def transcribe(
 @app.command()
 def speak(
     text: Annotated[str, typer.Argument(help="Text to say; - is standard input, said as it arrives.")],
-    model: ModelOption,
+    model: ModelOption = "tiny",
     output: Annotated[
         str, typer.Option("--output", "-o", help="WAV file; - streams to standard output.")
     ] = "speech.wav",
     voice: VoiceOption = None,
+    clone: CloneOption = None,
+    language: Annotated[str, typer.Option(help="Language code of the text, refused if it is not spoken.")] = "",
     max_frames: FrameLimit = 4096,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
@@ -324,14 +290,17 @@ def speak(
         check_target(output)
     if not text.strip():
         raise InputError("there is nothing to say; give some text")
-    omni = _load(model, device, dtype)
+    check_language(language, SPOKEN)
+    omni = load_model(model, device, dtype)
     words = iter(sys.stdin.readline, "") if text == "-" else [text]
-    reply = _play(omni.speak(words, voice=voice, seed=seed, max_frames=max_frames), output)
+    reply = play(omni.speak(words, voice=speaker_of(omni, voice, clone), seed=seed, max_frames=max_frames), output)
     if not reply.text_ids:
         raise InputError("there was nothing to say on standard input; give some text")
-    _report(reply)
+    report_line(reply)
 
 
+app.command()(trace)
+app.command("verify")(verify_command)
 for command in (commands.corpus, commands.prepare, commands.train):
     app.command()(command)
 
@@ -349,78 +318,38 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 # ---------------------------------------------------------------------------------------------- helpers
 
 
-def _load(model: str, device: str, dtype: Dtype) -> Omni:
-    columns = (TextColumn("reading weights"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=say, transient=True) as progress:
-        task = progress.add_task("weights", total=None)
-
-        def step(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
-
-        return load(model, device, dtype.torch, progress=step)
+def speaker_of(model: Omni, voice: str | None, clone: str | None) -> str | torch.Tensor | None:
+    """A voice by name, or of a recording."""
+    if clone is None:
+        return voice
+    if voice is not None:
+        raise InputError("give --voice or --clone, not both")
+    return model.clone(*read_audio(clone))
 
 
-def _play(events: Iterator[Event], output: str | None) -> Reply:
-    """Print text and write sound as they come; the reply they end with."""
-    for event in _written(events, output):
-        if isinstance(event, TextDelta):
-            say.print(event.text, end="", markup=False, soft_wrap=True)
-        elif isinstance(event, Done):
-            say.print()
-            return event.reply
-    raise InputError("the answer ended early")
+def longest_piece(model: Omni) -> float | None:
+    """Seconds of the longest recording that the checkpoint was trained on, where its config.json says so."""
+    return model.config.raw.get("longest_clip")
 
 
-def _written(events: Iterator[Event], output: str | None) -> Iterator[Event]:
-    """`events`, their sound written on the way: streamed to standard output, or to a file at the end."""
-    with _standard_output(output == "-") as stream:
-        for event in events:
-            if stream is not None and isinstance(event, AudioDelta):
-                if event.frame == 0:
-                    stream.write(_endless_wav_header(event.sample_rate))
-                stream.write(pcm16(event.samples))
-                stream.flush()
-            if output not in (None, "-") and isinstance(event, Done) and len(event.reply.audio):
-                write_audio(output, event.reply.audio, event.reply.sample_rate)
-            yield event
+def record(rate: int = 16000) -> tuple[Samples, int]:
+    """Samples [N] from the microphone, until Enter is pressed.
 
-
-@contextmanager
-def _standard_output(wanted: bool) -> Iterator[BinaryIO | None]:
-    yield sys.stdout.buffer if wanted else None
-
-
-def _endless_wav_header(rate: int) -> bytes:
-    """Header of a 16-bit mono WAV whose length is not known yet, as players of streams accept it."""
-    forever = 0xFFFFFFFF
-    return struct.pack(
-        "<4sI4s4sIHHIIHH4sI", b"RIFF", forever, b"WAVE", b"fmt ", 16, 1, 1, rate, 2 * rate, 2, 16, b"data", forever
-    )
-
-
-def _report(reply: Reply) -> None:
-    t, seconds = reply.timings, len(reply.audio) / reply.sample_rate if reply.sample_rate else 0.0
-    parts = [f"{len(reply.text_ids)} text tokens"]
-    if seconds:
-        parts += [f"{seconds:.2f} s of speech", f"first sound after {1000 * t['first_audio']:.0f} ms"]
-        parts += [f"RTF {t['total'] / seconds:.2f}"]
-    parts += [
-        f"{name} {1000 * t[name]:.0f} ms" for name in ("prefill", "thinker", "talker", "mtp", "code2wav") if name in t
-    ]
-    if reply.finish != "stop":
-        parts.append("cut off at the limit" if reply.finish == "length" else reply.finish)
-    say.print(" · ".join(parts), soft_wrap=True)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", "\\[")
-
-
-def _transformers_version() -> str:
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as installed
-
+    Raises:
+        InputError: there is no microphone, or no library to reach it.
+    """
     try:
-        return installed("transformers")
-    except PackageNotFoundError:
-        return "(not installed)"
+        import sounddevice
+    except (ImportError, OSError):
+        raise InputError("recording needs pip install 'antiphon[mic]'; or give a sound file") from None
+    heard: list[Samples] = []
+    try:
+        with sounddevice.InputStream(
+            rate, channels=1, dtype="float32", callback=lambda data, *_: heard.append(data[:, 0].copy())
+        ):
+            input("listening; press Enter when the question is over ")
+    except sounddevice.PortAudioError as error:
+        raise InputError(f"there is no microphone here ({error}); give a sound file") from None
+    if not heard:
+        raise AudioError("nothing was recorded; give a sound file")
+    return np.concatenate(heard), rate

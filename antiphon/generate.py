@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -18,20 +19,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from antiphon.audio import Samples
+from antiphon.audio import LogMel, Resampler, Samples, check_samples
 from antiphon.binding import bound
 from antiphon.chat import ToolCall, parse_tool_calls
 from antiphon.conversation import Answer, Conversation
-from antiphon.errors import InputError
+from antiphon.errors import AudioError, InputError
 from antiphon.messages import parts_of, text_of
-from antiphon.metrics import Phases
+from antiphon.metrics import Phases, Span
 from antiphon.model import Boxes
 from antiphon.sampling import MTP, TALKER, THINKER, THINKER_CODEBOOK, NoiseKey, Sampling, choose
+from antiphon.speaker import SPEAKER_FILE, SpeakerEncoder, load_speaker
 from antiphon.spoken import spoken
-from antiphon.talker import opening_rows, trailing_text
+from antiphon.talker import CLONED, opening_rows, trailing_text
 from antiphon.tokenizer import StreamDecoder
-from antiphon.weights import load_checkpoint
+from antiphon.weights import find_checkpoint, load_checkpoint
 
+REFERENCE = (1, 30)  # seconds of a recording that a voice is cloned from
 # before these a token ends, whatever comes: the first space after a word, and a mark of unspaced scripts after a letter
 TOKEN_ENDS = re.compile(r"(?<=\S) |(?<=[^\W_])[，。！？、；：]")
 
@@ -64,6 +67,8 @@ class Reply:
     finish: str  # stop, length (a limit was reached) or cancelled
     tool_calls: list[ToolCall]
     timings: dict[str, float]  # seconds by phase; first_text, first_audio and total since the call
+    spans: list[Span]  # every single run of a phase
+    spoken_ids: list[int]  # what the Talker took of the text, one a frame
 
 
 @dataclass(frozen=True)
@@ -80,11 +85,12 @@ Event = TextDelta | AudioDelta | Done
 class Options:
     """How to answer.
 
-    `voice` None is the checkpoint's first voice; `audio` False is text only; `verbatim` speaks every token, tool calls
-    and markdown included. A limit that is reached shows as finish = "length".
+    `voice` is a name, or a vector [W] of `Omni.clone`; None is the checkpoint's first voice. `audio` False is text
+    only; `verbatim` speaks every token, tool calls and markdown included. A limit that is reached shows as finish =
+    "length".
     """
 
-    voice: str | None = None
+    voice: str | Tensor | None = None
     audio: bool = True
     seed: int = 0
     max_text_tokens: int = 1024
@@ -120,15 +126,21 @@ class Session(Conversation):
         self.generation += 1
         return self._respond(options, speaker, self.generation, clock)
 
-    def _speaker(self, options: Options) -> int | None:
+    def _speaker(self, options: Options) -> int | Tensor | None:
+        """What goes into the speaker slot: a control id or a vector; None for no speech."""
         if not options.audio:
             return None
-        self.model.speaking()
-        voice = options.voice or next(iter(self.model.voices), None)
-        return self.model.speaker(voice or "")
+        width, voice = self.model.speaking().talker.config.text.hidden_size, options.voice
+        if isinstance(voice, Tensor):
+            if voice.shape != (width,):
+                raise InputError(f"a cloned voice has shape [{width}] here, not {list(voice.shape)}; clone it anew")
+            return voice
+        return self.model.speaker(voice or next(iter(self.model.voices), ""))
 
     @torch.inference_mode()
-    def _respond(self, options: Options, speaker: int | None, generation: int, clock: Phases) -> Iterator[Event]:
+    def _respond(
+        self, options: Options, speaker: int | Tensor | None, generation: int, clock: Phases
+    ) -> Iterator[Event]:
         with clock("prefill"):
             self.commit()  # what was said since `respond` was called belongs to the question
             self._add(self.writer.open_reply(), user=False)
@@ -176,7 +188,7 @@ class Session(Conversation):
         return self._speak(_token_stream(words, self.model), options, speaker)
 
     @torch.inference_mode()
-    def _speak(self, ids: Iterator[int], options: Options, speaker: int) -> Iterator[Event]:
+    def _speak(self, ids: Iterator[int], options: Options, speaker: int | Tensor) -> Iterator[Event]:
         self._settled()
         clock = Phases()
         self.turn += 1
@@ -269,9 +281,12 @@ class Thought(Iterator[int]):
 class Utterance:
     """Talker, MTP and Code2Wav speaking one answer, a frame at a time."""
 
-    def __init__(self, session: Conversation, options: Options, clock: Phases, speaker: int | None) -> None:
-        self.session, self.options, self.clock, self.speaker = session, options, clock, speaker
+    def __init__(self, session: Conversation, options: Options, clock: Phases, speaker: int | Tensor | None) -> None:
+        self.session, self.options, self.clock = session, options, clock
+        self.cloned = speaker[None] if isinstance(speaker, Tensor) else None  # [1, W]
+        self.speaker = CLONED if isinstance(speaker, Tensor) else speaker
         self.sample_rate = session.model.config.code2wav.sample_rate if session.model.config.code2wav else 0
+        self.words: list[int] = []  # the Talker was given
         self.codes: list[Tensor] = []  # [Q] per frame
         self.sound: list[Samples] = []
         self.finish: str | None = None
@@ -279,6 +294,7 @@ class Utterance:
     def frames(self, words: Iterator[int]) -> Iterator[Samples]:
         """Samples [1920] of each frame; a text token of `words` is taken only when its frame is due."""
         session, config, speech = self.session, self.session.model.config, self.session.model.speaking()
+        words = _noting(words, self.words)
         first = next(words, None)
         if first is None or self.speaker is None:
             self.finish = "stop"
@@ -288,7 +304,7 @@ class Utterance:
         suppress = speech.talker.suppressed(device)
         seen = torch.zeros(1, speech.talker.config.text.vocab_size, dtype=torch.bool, device=device)
         rows = opening_rows(config, speech.talker.config, session.newline, self.speaker, first)
-        x = session.model.embed_rows(rows)
+        x = session.model.embed_rows(rows, voices=None if self.cloned is None else self.cloned.to(device))
         session.note("talker_inputs", x[0])
         trailing = trailing_text(config, words)
         talk, predict, decode = bound(speech.talker), speech.mtp.bind_predict(), bound(speech.code2wav)
@@ -343,6 +359,8 @@ def _reply(model: Boxes, thought: Thought, speech: Utterance, clock: Phases) -> 
         finish,
         parse_tool_calls(thought.text),
         clock.summary(),
+        clock.spans,
+        speech.words,
     )
 
 
@@ -377,6 +395,35 @@ def _noting(ids: Iterator[int], into: list[int]) -> Iterator[int]:
 
 class Omni(Boxes):
     """A checkpoint to talk to. Made by `load`."""
+
+    beside: Path | None = None  # the folder it was loaded from
+
+    @cached_property
+    def speaker_encoder(self) -> SpeakerEncoder:
+        """What voices are cloned with, in float32; a file beside the checkpoint, which the release has not.
+
+        Raises:
+            InputError: there is none.
+        """
+        if self.beside is None or not (self.beside / SPEAKER_FILE).is_file():
+            voices = ", ".join(self.voices)
+            raise InputError(f"this checkpoint has no {SPEAKER_FILE}, so it cannot clone a voice; it has {voices}")
+        return load_speaker(self.beside / SPEAKER_FILE).float()
+
+    @torch.inference_mode()
+    def clone(self, samples: Any, rate: int) -> Tensor:
+        """The voice [W] of a recording [N] of one to thirty seconds, to be given as `voice`; three seconds are enough.
+
+        Raises:
+            AudioError: the recording is too short or too long, or is no sound.
+            InputError: this checkpoint has no speaker encoder.
+        """
+        encoder, heard, (shortest, longest) = self.speaker_encoder, check_samples(samples, rate), REFERENCE
+        if not shortest <= (seconds := len(heard) / rate) <= longest:
+            raise AudioError(f"the voice's recording is {seconds:.1f} s long; give {shortest} to {longest} seconds")
+        front = encoder.config.mel
+        wave = Resampler(rate, front.sample_rate)(torch.from_numpy(heard)[None], final=True)
+        return encoder(LogMel(front)(wave, final=True))[0]
 
     def session(
         self,
@@ -449,4 +496,7 @@ def load(
     Raises:
         ConfigError, WeightsError: the checkpoint is incomplete, damaged, or of another kind of model.
     """
-    return load_checkpoint(Omni, name_or_path, device, dtype, progress)
+    folder = find_checkpoint(name_or_path)
+    model = load_checkpoint(Omni, folder, device, dtype, progress)
+    model.beside = folder
+    return model

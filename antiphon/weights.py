@@ -35,6 +35,7 @@ PREFIXES = {  # longest module names first: a box inside another is named before
     "speech.mtp.": "talker.code_predictor.",
     "speech.code2wav.": "code2wav.",
 }
+TINY = Path(__file__).parent / "tiny"  # the checkpoint that comes with the package
 LEFT_OUT = ("thinker.visual.",)  # the vision tower: images and video are out of scope
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -71,9 +72,13 @@ def released_names(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def find_checkpoint(name_or_path: str | Path) -> Path:
     """The folder of a checkpoint: as given, or downloaded from the Hub (with progress; a broken download resumes).
 
+    `tiny` is the one that comes with this package; a folder of that name is ./tiny.
+
     Raises:
         WeightsError: neither a folder nor a Hub id that can be had.
     """
+    if str(name_or_path) == "tiny" and TINY.is_dir():
+        return TINY
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path

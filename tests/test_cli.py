@@ -12,6 +12,7 @@ import typer
 
 from antiphon import cli
 from antiphon.audio import write_audio
+from antiphon.evaluate import commands
 from antiphon.evaluate.stages import STAGES
 from antiphon.files import read_metadata, read_safetensors, write_safetensors
 from tests.shapes import write_shape
@@ -146,7 +147,7 @@ def test_speech_streams_to_standard_output(monkeypatch, checkpoint):
         (("talk", "{folder}/short.wav", "-m", "{checkpoint}"), "longer than 12.5 ms"),
         (("talk", "{question}", "-m", "{folder}"), "config.json does not exist"),
         (("talk", "{question}", "-m", "{checkpoint}", "--device", "tpu9"), "device tpu9"),
-        (("transcribe", "{question}", "-m", "{checkpoint}", "--language", "de"), "give zh for Chinese"),
+        (("transcribe", "{question}", "-m", "{checkpoint}", "--language", "xx"), "no language 'xx'; there are ar, de"),
         (("trace", "{checkpoint}", "--audio", "{folder}/nan.wav", "--prompt", "?", "--out", "{folder}/t"), "NaN"),
         (("verify", "{checkpoint}", "--audio", "{folder}/short.wav"), "longer than 12.5 ms"),
         (("verify", "{checkpoint}", "--voice", "nobody"), "aiden, chelsie, ethan"),
@@ -170,8 +171,9 @@ def test_an_error_is_one_sentence(monkeypatch, capsys, checkpoint, question, bad
 def test_a_file_that_cannot_be_written_is_refused_before_anything_is_computed(
     monkeypatch, capsys, checkpoint, question, bad, name, said
 ):
-    monkeypatch.setattr(cli, "_load", None)
-    monkeypatch.setattr(cli, "verify", None)
+    monkeypatch.setattr(cli, "load_model", None)
+    monkeypatch.setattr(commands, "load_model", None)
+    monkeypatch.setattr(commands, "verify", None)
     for words in (
         ("talk", question, "-m", checkpoint, "-o"),
         ("speak", "hello", "-m", checkpoint, "-o"),
@@ -211,12 +213,17 @@ def test_flags_stay():
         ],
         "verify": ["model", "--audio", "--prompt", "--voice", *limits, "--golden", "--write-golden", *place, "--json"],
         "talk": [
-            *("audio", "--model", "-m", "--output", "-o", "--voice", "--prompt", "--system", *limits),
-            *("--seed", "--window", *place),
+            *("audio", "--model", "-m", "--output", "-o", "--voice", "--clone", "--prompt", "--system"),
+            *("--heard", *limits, "--seed", "--window", *place),
         ],
         "transcribe": [
-            *("audio", "--model", "-m", "--language", "--max-text-tokens", "--window", "--json", *place),
+            *("audio", "--model", "-m", "--language", "--format", "--out", "--max-text-tokens", "--window"),
+            *("--json", *place),
         ],
-        "speak": ["text", "--model", "-m", "--output", "-o", "--voice", "--max-frames", "--seed", *place],
+        "ask": ["audio", "question", "--model", "-m", "--system", "--max-text-tokens", "--window", *place],
+        "speak": [
+            *("text", "--model", "-m", "--output", "-o", "--voice", "--clone", "--language", "--max-frames"),
+            *("--seed", *place),
+        ],
     }
     assert {name: flags[name] for name in frozen} == frozen

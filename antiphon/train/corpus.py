@@ -25,7 +25,7 @@ from antiphon.audio import Samples, write_audio
 from antiphon.errors import ConfigError
 from antiphon.train import dialog, espeak, music, noises
 from antiphon.train.augment import Augment, augment
-from antiphon.train.data import resample
+from antiphon.train.data import PACE, resample
 from antiphon.train.dialog import DIALOG_LANGUAGES
 from antiphon.train.dialog import KINDS as KINDS_OF_DIALOG
 from antiphon.train.recipe import read_fields, read_yaml_table
@@ -44,7 +44,6 @@ from antiphon.train.world import (
 SHARD = 200  # clips in a wav file
 GAP = 0.05  # seconds of silence between them
 SILENT = "silent"  # the voice of text alone
-PACE = 0.07  # seconds that it takes to say a character, about
 DIGITS = (2, 6)  # how many are said, from the first to below the second
 
 

@@ -22,6 +22,7 @@ from antiphon.audio import Resampler, Samples, check_samples
 from antiphon.errors import InputError
 from antiphon.train.recipe import Data, Source
 
+PACE = 0.07  # seconds that it takes to say a character, about
 BUCKETS = 12  # lengths that share a batch; more means less padding and less variety in a batch
 
 
@@ -36,6 +37,13 @@ class Example:
     def text(self) -> str:
         """What its supervisions say."""
         return " ".join(s.text for s in self.cut.supervisions if s.text)
+
+    @property
+    def seconds(self) -> float:
+        """How long it is, with what is only read, such as the declaration of tools, as if it were said."""
+        messages = (self.cut.custom or {}).get("messages", ())
+        read = [m["content"] for m in messages if m["role"] != "user" and "supervision" not in m]
+        return self.cut.duration + PACE * sum(map(len, read))
 
     @property
     def language(self) -> str | None:
@@ -99,7 +107,7 @@ def _resampler(source: int, target: int) -> Resampler:
 class Mix:
     """Batches drawn from several sources; source s has a share `weight` of the seconds.
 
-    With `batch_seconds` 0 a batch is one example, as likely as it is long: for crops, which are of one length.
+    With `batch_seconds` 0 a batch is one example, as likely as its sound is long: for crops, which are of one length.
     """
 
     def __init__(self, data: Data, sources: Sequence[Source], root: Path, seed: int, rank: int = 0) -> None:
@@ -110,9 +118,16 @@ class Mix:
         for source, pool in zip(sources, pools, strict=True):
             if not pool:
                 raise InputError(f"{source.cuts} has no cut of at most {data.max_seconds} s; raise data.max_seconds")
-        self.edges = _edges(pools, [s.weight for s in sources])
-        self.cells = [_split(pool, self.edges) for pool in pools]  # [source][bucket] -> examples
-        seconds = np.array([[sum(e.cut.duration for e in cell) for cell in row] for row in self.cells])
+        length = (lambda e: e.seconds) if data.batch_seconds else (lambda e: e.cut.duration)
+        lengths = [np.array([length(e) for e in pool]) for pool in pools]
+        self.edges = _edges(lengths, [s.weight for s in sources])
+        places = [np.searchsorted(self.edges, own) for own in lengths]
+        buckets = range(len(self.edges))
+        self.cells = [  # [source][bucket] -> examples
+            [[pool[i] for i in (place == b).nonzero()[0]] for b in buckets]
+            for pool, place in zip(pools, places, strict=True)
+        ]
+        seconds = np.array([[own[p == b].sum() for b in buckets] for own, p in zip(lengths, places, strict=True)])
         examples = np.array([[len(cell) for cell in row] for row in self.cells])
         weights = np.array([s.weight for s in sources])[:, None] / seconds.sum(1, keepdims=True)
         self.rates = weights * (examples if data.batch_seconds else seconds)  # [source, bucket]: share of the examples
@@ -135,22 +150,14 @@ def _pick(shares: np.ndarray, places: np.ndarray | float) -> np.ndarray:
     return np.searchsorted(total, places * total[-1], side="right").clip(0, len(shares) - 1)
 
 
-def _edges(pools: list[list[Example]], weights: list[float]) -> np.ndarray:
-    """Upper lengths of the buckets, in seconds: equal shares of what is drawn, the longest cut last."""
-    durations = np.concatenate([[e.cut.duration for e in pool] for pool in pools])
-    share = np.concatenate([np.full(len(pool), w / len(pool)) for pool, w in zip(pools, weights, strict=True)])
+def _edges(lengths: list[np.ndarray], weights: list[float]) -> np.ndarray:
+    """Upper lengths of the buckets, in seconds: equal shares of what is drawn, the longest example last."""
+    durations = np.concatenate(lengths)
+    share = np.concatenate([np.full(len(own), w / len(own)) for own, w in zip(lengths, weights, strict=True)])
     order = durations.argsort(kind="stable")
     places = share[order].cumsum() / share.sum()
     inner = [durations[order][np.searchsorted(places, i / BUCKETS)] for i in range(1, BUCKETS)]
     return np.unique([*inner, durations.max()])
-
-
-def _split(pool: list[Example], edges: np.ndarray) -> list[list[Example]]:
-    """The pool by bucket."""
-    cells: list[list[Example]] = [[] for _ in edges]
-    for example in pool:
-        cells[int(np.searchsorted(edges, example.cut.duration))].append(example)
-    return cells
 
 
 def batches(examples: Sequence[Example], seconds: float) -> Iterator[list[Example]]:

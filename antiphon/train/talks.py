@@ -18,9 +18,9 @@ from antiphon.errors import InputError
 from antiphon.tokenizer import Tokenizer
 from antiphon.train.data import Example, load_samples, resample
 from antiphon.train.world import LANGUAGES
+from antiphon.transcripts import PROMPTS
 
 Message = Mapping[str, Any]
-TRANSCRIBE = {"zh": "请将这段中文语音转换为纯文本。", "": "Transcribe the audio into text."}  # the release's prompts
 WHICH_LANGUAGE = "Which language is this?"
 DESCRIBE = "What do you hear?"
 
@@ -73,7 +73,7 @@ def messages_of(example: Example) -> list[Message]:
 
 
 QUESTIONS: dict[str, Callable[[Example], tuple[str, str]]] = {
-    "transcribe": lambda e: (TRANSCRIBE.get(e.language or "", TRANSCRIBE[""]), e.text),
+    "transcribe": lambda e: (PROMPTS.get(e.language or "", PROMPTS[""]), e.text),
     "language": lambda e: (WHICH_LANGUAGE, LANGUAGES[e.language or "en"].name),
     "describe": lambda e: (DESCRIBE, e.text),
 }
