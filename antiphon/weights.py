@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,6 +59,11 @@ def released_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in disk_tensors(model):
         box = next(p for p in PREFIXES if name.startswith(p))
         yield PREFIXES[box] + name.removeprefix(box), tensor
+
+
+def prefix_of(name: str) -> str:
+    """The prefix of the box that a tensor on disk belongs to."""
+    return max((p for p in PREFIXES.values() if name.startswith(p)), key=len)
 
 
 def released_names(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -253,11 +258,9 @@ def load_box(box: nn.Module, name: str, name_or_path: str | Path) -> None:
         boxes = ", ".join(ours.removesuffix(".").rpartition(".")[2] for ours in PREFIXES)
         raise ConfigError(f"a checkpoint has no {first}; it has {boxes}")
     within = f"{prefix}{part}." if part else prefix
-    inner = tuple(p for p in PREFIXES.values() if p.startswith(prefix) and p != prefix)
-    folder = find_checkpoint(name_or_path)
     files = {
-        path: {n: e for n, e in entries.items() if n.startswith(within) and not n.startswith(inner)}
-        for path, entries in shards(folder).items()
+        path: {n: e for n, e in entries.items() if n.startswith(within) and prefix_of(n) == prefix}
+        for path, entries in shards(find_checkpoint(name_or_path)).items()
     }
     wanted = {within + n: tensor for n, tensor in disk_tensors(box)}
     compare(wanted, files)
@@ -297,6 +300,31 @@ def save_checkpoint(
         "metadata": {"total_size": sum(t.nbytes for g in groups for t in g.values())},
         "weight_map": {tensor: name for name, group in zip(names, groups, strict=True) for tensor in group},
     }
+    _describe(model, folder, index, companions)
+
+
+def save_boxes(model: Boxes, boxes: Iterable[str], folder: Path, companions: Path) -> None:
+    """Write some boxes of `model`, each as a file named after it, with config.json and an index of all that are there.
+
+    For a checkpoint that is trained box by box: what did not change is not written again.
+
+    Raises:
+        AntiphonError: the folder cannot be written.
+    """
+    tensors = dict(released_tensors(model))
+    for ours, prefix in PREFIXES.items():
+        box = ours.removesuffix(".").rpartition(".")[2]
+        if box in boxes:
+            held = {n: t for n, t in tensors.items() if prefix_of(n) == prefix}
+            write_safetensors(folder / f"{box}.safetensors", held)
+    written = {path.name: read_header(path) for path in sorted(folder.glob("*.safetensors"))}
+    table = {n: file for file, entries in written.items() for n in entries if n in tensors}
+    size = sum(entry.stop - entry.start for entries in written.values() for n, entry in entries.items() if n in table)
+    _describe(model, folder, {"metadata": {"total_size": size}, "weight_map": table}, companions)
+
+
+def _describe(model: Boxes, folder: Path, index: dict[str, Any], companions: str | Path | None) -> None:
+    """Write the index and config.json, and copy what else belongs to a checkpoint."""
     for name, data in ((INDEX, index), ("config.json", _typed(model.config.raw, model.dtype))):
         (folder / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     for name in COMPANIONS if companions is not None else ():

@@ -18,6 +18,7 @@ from antiphon.files import write_safetensors
 from antiphon.generate import Session, collect
 from antiphon.sampling import THINKER_CODEBOOK
 from antiphon.speaker import load_speaker
+from antiphon.train.data import load_samples, read_cuts
 from antiphon.train.export import export
 from antiphon.train.loop import BEST, train
 from antiphon.train.recipe import Recipe, read_fields
@@ -233,3 +234,13 @@ def test_stages_train_and_export_a_checkpoint_that_speaks(place, tmp_path):
     assert len(reply.audio) == len(reply.codes) * FRAME
     assert load_speaker(tmp_path / "speaker.safetensors").config.channels == SPEAKER["channels"]
     assert antiphon.load(tmp_path).voices == ["chelsie", "ethan"]
+    voice = model.clone(load_samples(read_cuts(place[0] / "say.jsonl.gz")[0], RATE).repeat(2), RATE)
+    assert len(collect(model.speak("hello there", voice=voice, max_frames=3)).codes) <= 3
+    grown = tmp_path / "grown"  # box by box, from two recipes: the same files
+    for names in (("aut", "thinker", "codec", "code2wav"), ("talker", "mtp", "speaker")):
+        some = {name: parts[name] for name in names}
+        export(setting(place, "export", some, sources, speaker=SPEAKER, into=str(grown)), tmp_path / "unused")
+    for path in tmp_path.glob("*.safetensors"):
+        assert path.read_bytes() == (grown / path.name).read_bytes(), path.name
+    assert antiphon.load(grown).voices == ["chelsie", "ethan"]
+    assert not (tmp_path / "unused").exists()

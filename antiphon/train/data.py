@@ -113,7 +113,8 @@ class Mix:
     def __init__(self, data: Data, sources: Sequence[Source], root: Path, seed: int, rank: int = 0) -> None:
         self.data, self.seed, self.rank = data, seed, rank
         pools = [
-            [Example(c, s.task) for c in read_cuts(s.cuts, root) if c.duration <= data.max_seconds] for s in sources
+            [e for c in read_cuts(s.cuts, root) if (e := Example(c, s.task)).seconds <= data.max_seconds]
+            for s in sources
         ]
         for source, pool in zip(sources, pools, strict=True):
             if not pool:

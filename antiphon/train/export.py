@@ -1,12 +1,13 @@
 """Export: finished runs as one checkpoint in the released form, with the codec and the speaker encoder beside it.
 
-The released form has no names for the codec's encoder and the speaker encoder: they are files of their own. A preset
+Each box is a file of its own, and a recipe writes those that its `init` names: a checkpoint grows box by box. The
+released form has no names for the codec's encoder and the speaker encoder: they are files of their own. A preset
 voice is the mean of the vectors that the speaker encoder makes of its recordings, as a row of the Talker's embedding.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,44 +25,50 @@ from antiphon.train.recipe import read_fields
 from antiphon.train.stages.codec import read_codec_config
 from antiphon.train.stages.common import TOKENIZER, Setting
 from antiphon.train.stages.speech import spoken_in, voice_of
-from antiphon.weights import save_checkpoint, save_codec
+from antiphon.weights import save_boxes, save_codec
 
 
 @dataclass(frozen=True)
 class ExportOptions:
     """What an export is made with."""
 
-    speaker: dict[str, Any]  # sizes of the speaker encoder
+    speaker: dict[str, Any] = field(default_factory=dict)  # sizes of the speaker encoder
     dtype: str = "bfloat16"
     takes: int = 24  # recordings that a preset voice is the mean of
+    into: str = ""  # folder of the checkpoint, the run's own by default
 
 
-def export(setting: Setting, folder: Path) -> None:
-    """Write the checkpoint of the runs that the recipe's `init` names, part by part.
+def export(setting: Setting, run: Path) -> Path:
+    """Write the boxes that the recipe's `init` names, each from its run; returns the checkpoint's folder.
 
     Raises:
-        ConfigError: a part has no run, or a preset voice no recording.
+        ConfigError: nothing to write, a talker without its speaker encoder, or a preset voice without a recording.
     """
-    options = read_fields(ExportOptions, dict(setting.recipe.options), f"{setting.recipe.name}.options")
+    recipe = setting.recipe
+    options = read_fields(ExportOptions, dict(recipe.options), f"{recipe.name}.options")
     boxes = Boxes(setting.config, setting.tokenizer)
     parts: dict[str, nn.Module] = {"aut": boxes.aut, "thinker": boxes.thinker}
-    speaker = codec = None
     if boxes.speech is not None:
         parts |= {"talker": boxes.speech.talker, "mtp": boxes.speech.mtp, "code2wav": boxes.speech.code2wav}
         width = boxes.speech.talker.config.text.hidden_size
-        speaker = SpeakerEncoder(read_fields(SpeakerConfig, {"width": width, **options.speaker}, "speaker")).eval()
-        codec = Codec(read_codec_config(setting))
-        parts |= {"codec": codec, "speaker": speaker}
-    if missing := [name for name in parts if name not in setting.recipe.init]:
-        raise ConfigError(f"{setting.recipe.name}: init names no {', '.join(missing)}; give the run of each part")
-    setting.prepare(nn.ModuleDict(parts))
-    dtype: torch.dtype = getattr(torch, options.dtype)
+        parts["speaker"] = SpeakerEncoder(read_fields(SpeakerConfig, {"width": width, **options.speaker}, "speaker"))
+        parts["codec"] = Codec(read_codec_config(setting))
+    chosen = {name: part.eval() for name, part in parts.items() if name in recipe.init}
+    if not chosen:
+        raise ConfigError(f"{recipe.name}: init names nothing to write; there are {', '.join(parts)}")
+    if ("talker" in chosen) != ("speaker" in chosen):
+        raise ConfigError(f"{recipe.name}: init names talker or speaker alone; the voices are rows of one by the other")
+    setting.prepare(nn.ModuleDict(chosen))
+    folder = Path(options.into) if options.into else run
     folder.mkdir(parents=True, exist_ok=True)
-    if boxes.speech is not None and speaker is not None and codec is not None:
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    if boxes.speech is not None and isinstance(speaker := chosen.get("speaker"), SpeakerEncoder):
         store_voices(boxes.speech.talker.model.codec_embedding, speaker, setting, options.takes)
-        save_codec(codec.to(dtype), folder)
         save_speaker(speaker.to(dtype), folder / SPEAKER_FILE)
-    save_checkpoint(boxes.to(dtype), folder, companions=setting.run_of(TOKENIZER))
+    if isinstance(codec := chosen.get("codec"), Codec):
+        save_codec(codec.to(dtype), folder)
+    save_boxes(boxes.to(dtype), chosen, folder, companions=setting.run_of(TOKENIZER))
+    return folder
 
 
 @torch.no_grad()
