@@ -18,9 +18,10 @@ from antiphon.audio import Samples, read_audio
 from antiphon.config import OmniConfig
 from antiphon.config_json import read_config
 from antiphon.errors import AntiphonError, AudioError, InputError
-from antiphon.evaluate.commands import trace, verify_command
+from antiphon.evaluate.commands import evaluate, trace, verify_command
 from antiphon.files import check_target
 from antiphon.generate import Omni, Options
+from antiphon.report import write_report
 from antiphon.terminal import (
     DeviceOption,
     Dtype,
@@ -156,6 +157,7 @@ def talk(
     prompt: Annotated[str, typer.Option(help="Text to add after the audio.")] = "",
     system: Annotated[str | None, typer.Option(help="Text of a system turn.")] = None,
     heard: Annotated[bool, typer.Option(help="Show first what was heard.")] = True,
+    report: Annotated[str | None, typer.Option(help="HTML page that shows how the answer came to be.")] = None,
     max_text_tokens: TextLimit = 1024,
     max_frames: FrameLimit = 4096,
     seed: SeedOption = 0,
@@ -166,6 +168,8 @@ def talk(
     """Answer a spoken question aloud: what was heard, the text as it is formed, the sound to a file."""
     if output not in (None, "-"):
         check_target(output)
+    if report is not None:
+        check_target(report)
     samples, rate = record() if audio is None else read_audio(audio)
     omni = load_model(model, device, dtype)
     speaker = speaker_of(omni, voice, clone)
@@ -181,6 +185,8 @@ def talk(
     options = Options(speaker, speaks, seed, max_text_tokens=max_text_tokens, max_frames=max_frames)
     reply = play(session.respond(options), output)
     report_line(reply)
+    if report is not None:
+        write_report(report, session, samples, rate, reply, f"{audio or 'microphone'} · {model}")
     if len(reply.audio) and output is None:
         say.print("its sound was not kept: -o reply.wav writes it to a file, -o - to standard output")
 
@@ -301,6 +307,7 @@ def speak(
 
 app.command()(trace)
 app.command("verify")(verify_command)
+app.command()(evaluate)
 for command in (commands.corpus, commands.prepare, commands.train):
     app.command()(command)
 

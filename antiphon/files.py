@@ -158,6 +158,25 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
         ) from None
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write one text file, put in place only when it is whole.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    target = Path(path).resolve()  # a link stays and what it points to is replaced
+    special = target.exists() and not target.is_file()  # a device or a pipe is written into
+    part = target if special else target.with_name(target.name + ".part")
+    try:
+        part.write_text(text, "utf-8")
+        if not special:
+            os.replace(part, target)
+    except OSError as error:
+        if not special:
+            part.unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written ({error.strerror}); check the folder") from None
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of one safetensors file, on the CPU."""
     entries = read_header(path)

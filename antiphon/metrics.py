@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 @dataclass
@@ -32,12 +33,21 @@ class Histogram:
         return ordered[min(math.ceil(q / 100 * len(ordered)), len(ordered)) - 1 if q > 0 else 0]
 
 
+class Span(NamedTuple):
+    """One run of a phase, in seconds since the turn began."""
+
+    name: str
+    start: float
+    stop: float
+
+
 class Phases:
-    """Stopwatch of one turn: seconds by phase, and marks on the turn's clock."""
+    """Stopwatch of one turn: seconds by phase, every single run, and marks on the turn's clock."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
         self.phases: dict[str, Histogram] = {}
+        self.spans: list[Span] = []
         self.marks: dict[str, float] = {}
 
     @contextmanager
@@ -47,7 +57,9 @@ class Phases:
         try:
             yield
         finally:
-            self.phases.setdefault(name, Histogram()).add(time.perf_counter() - begin)
+            end = time.perf_counter()
+            self.phases.setdefault(name, Histogram()).add(end - begin)
+            self.spans.append(Span(name, begin - self.start, end - self.start))
 
     def mark(self, name: str) -> None:
         """Note when `name` first happened, in seconds since the turn began."""

@@ -107,7 +107,9 @@ def test_verify_agrees_and_says_where_it_does_not(monkeypatch, capsys, checkpoin
 def test_talk_and_transcribe(monkeypatch, capsys, checkpoint, question, tmp_path):
     reply = tmp_path / "reply.wav"
     limits = ("--max-text-tokens", 6, "--max-frames", 5)
-    assert run(monkeypatch, "talk", question, "-m", checkpoint, "-o", reply, *limits) == 0
+    page = tmp_path / "reply.html"
+    assert run(monkeypatch, "talk", question, "-m", checkpoint, "-o", reply, "--report", page, *limits) == 0
+    assert f"question.wav · {checkpoint}" in page.read_text("utf-8")
     assert soundfile.info(reply).frames == 5 * 1920
     assert "RTF" in capsys.readouterr().err
     missing = tmp_path / "nothing.wav"
@@ -176,6 +178,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_computed(
     monkeypatch.setattr(commands, "verify", None)
     for words in (
         ("talk", question, "-m", checkpoint, "-o"),
+        ("talk", question, "-m", checkpoint, "--report"),
         ("speak", "hello", "-m", checkpoint, "-o"),
         ("trace", checkpoint, "--audio", question, "--prompt", "?", "--out"),
         ("verify", checkpoint, "--write-golden"),
@@ -214,7 +217,7 @@ def test_flags_stay():
         "verify": ["model", "--audio", "--prompt", "--voice", *limits, "--golden", "--write-golden", *place, "--json"],
         "talk": [
             *("audio", "--model", "-m", "--output", "-o", "--voice", "--clone", "--prompt", "--system"),
-            *("--heard", *limits, "--seed", "--window", *place),
+            *("--heard", "--report", *limits, "--seed", "--window", *place),
         ],
         "transcribe": [
             *("audio", "--model", "-m", "--language", "--format", "--out", "--max-text-tokens", "--window"),

@@ -98,7 +98,7 @@ def test_commands_run(
         cli.main()
     assert not left.value.code
     made = {path.name for path in set(Path.cwd().iterdir()) - before}
-    assert made == {word for flag, word in pairwise(words) if flag in ("-o", "--out")}
+    assert made == {word for flag, word in pairwise(words) if flag in ("-o", "--out", "--report")}
 
 
 def filled(words: list[str], checkpoint: Path) -> Iterator[str]:

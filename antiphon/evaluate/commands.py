@@ -1,4 +1,4 @@
-"""`antiphon trace` and `antiphon verify`: every stage of an answer, and the same stages by transformers."""
+"""`antiphon trace`, `verify` and `evaluate`: every stage of an answer, the same by transformers, and how good it is."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import Progress, TimeRemainingColumn
 from rich.table import Table
 
 from antiphon.audio import read_audio
+from antiphon.errors import InputError
 from antiphon.evaluate.parity import Difference, verify
 from antiphon.evaluate.stages import Case, default_case, ensure_tokenizer
 from antiphon.evaluate.stages import trace as trace_stages
@@ -29,6 +31,7 @@ from antiphon.terminal import (
     load_model,
     say,
 )
+from antiphon.train.commands import COLUMNS, make_sets_of, needs_extra
 from antiphon.weights import find_checkpoint
 
 
@@ -103,6 +106,54 @@ def verify_command(
         first = next(row.stage for row in rows if not row.agrees)
         say.print(f"[bold red]disagreement[/], first in {first}")
         raise typer.Exit(1)
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="tiny, a checkpoint's folder or a Hub id.", metavar="MODEL")] = "tiny",
+    data: Annotated[Path | None, typer.Option(help="lhotse cuts to transcribe, instead of tiny's tables.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="One table; may be given several times.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Clips of each language in a set.")] = 50,
+    cuts: Annotated[Path, typer.Option(help="Folder of tiny's test sets; what is missing is made.")] = Path(
+        "cuts/tiny"
+    ),
+    recipe: Annotated[Path, typer.Option(help="Recipe that the test sets are made from.")] = Path(
+        "recipes/tiny/corpus.yaml"
+    ),
+    window: WindowOption = None,
+    as_json: JsonOption = False,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = Dtype.float32,
+) -> None:
+    """How well a model hears, answers, speaks and clones: tiny's tables, or error rates on anyone's lhotse cuts."""
+    with needs_extra():
+        from antiphon.evaluate.world import TABLES, Row, Trial, rates_of
+    if unknown := sorted(set(only or ()) - set(TABLES)):
+        raise InputError(f"there is no table {unknown[0]!r}; there are {', '.join(TABLES)}")
+    omni = load_model(model, device, dtype)
+    rows: list[Row] = []
+    with Progress(*COLUMNS, TimeRemainingColumn(), console=say, transient=True) as progress:
+        trial = Trial(omni, cuts, limit, lambda items, what: progress.track(items, description=what))
+        if data is not None:
+            found = rates_of(replace(trial, cuts=data.parent), data.name, window)
+        else:
+            make_sets(recipe, cuts)
+            found = (row for name, table in TABLES.items() if not only or name in only for row in table(trial))
+        if not as_json:
+            print("| | seen | target |\n|---|---|---|", flush=True)
+        for row in found:
+            rows.append(row)
+            if not as_json:
+                print(f"| {row.what} | {row.seen} | {row.target} |", flush=True)
+    if as_json:
+        print(json.dumps([vars(row) for row in rows], ensure_ascii=False, indent=2))
+
+
+def make_sets(recipe: Path, cuts: Path) -> None:
+    """Make the test sets of a corpus that are not there yet."""
+    from antiphon.train.corpus import read_corpus
+
+    tests = {name: s for name, s in read_corpus(recipe).items() if name.startswith("test-")}
+    make_sets_of({name: s for name, s in tests.items() if not (cuts / f"{name}.jsonl.gz").exists()}, cuts)
 
 
 def _found(row: Difference) -> str:

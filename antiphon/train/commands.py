@@ -46,7 +46,7 @@ def corpus(
     """Make a synthetic corpus: lhotse cuts of speech, music, sounds and conversations. Goes on where it was stopped."""
     with needs_extra():
         from antiphon.train.corpus import read_corpus
-    for path in _make(read_corpus(recipe), out, jobs).values():
+    for path in make_sets_of(read_corpus(recipe), out, jobs).values():
         say.print(str(path))
 
 
@@ -84,14 +84,20 @@ def train(
         from antiphon.train.run import read_course, train_course
     course = read_course(recipe)
     if course.corpus:
-        _make(course.corpus, cuts / course.name, jobs)
+        make_sets_of(course.corpus, cuts / course.name, jobs)
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     for folder in train_course(course, cuts, runs, torch.device(where)):
         say.print(str(folder))
 
 
-def _make(sets: dict[str, Any], out: Path, jobs: int) -> dict[str, Path]:
+def make_sets_of(sets: dict[str, Any], out: Path, jobs: int = 0) -> dict[str, Path]:
+    """Make sets of a corpus, with a bar; a set whose speech engine is not installed is named and left out."""
     from antiphon.train.corpus import make_corpus
+    from antiphon.train.espeak import FLITE, flite_is_installed
+
+    if not flite_is_installed() and (skipped := [name for name, s in sets.items() if s.voices == FLITE]):
+        say.print(f"{', '.join(skipped)} needs another speech engine and is left out; apt-get install flite for it")
+        sets = {name: s for name, s in sets.items() if name not in skipped}
 
     with Progress(*COLUMNS, TimeRemainingColumn(), console=say) as progress:
         bar = progress.add_task("corpus")

@@ -248,7 +248,7 @@ def draw_voice(s: Set, rng: np.random.Generator) -> espeak.Voice | str:
     """A voice of the set: espeak-ng's, the name of one of flite's, or none."""
     if s.silent:
         return SILENT
-    if s.voices == "flite":
+    if s.voices == espeak.FLITE:
         return espeak.FLITE_VOICES[int(rng.integers(len(espeak.FLITE_VOICES)))]
     return espeak.draw_voice(rng, espeak.HELD_OUT_VARIANTS if s.voices == "held-out" else espeak.TRAIN_VARIANTS)
 

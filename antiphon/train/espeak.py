@@ -231,6 +231,7 @@ def _wheel() -> tuple[str, str]:
 # ----------------------------------------------------------------------------- other engines, for English
 
 FLITE_VOICES = ("awb", "rms", "slt", "kal16")  # a Scot, an American man and woman by statistics, a man by diphones
+FLITE = "flite"  # the engine of the tests, as a set of the corpus names it
 FESTIVAL_VOICES = ("ked",)  # an American man by diphones; festival's kal would be flite's
 KED_HZ = 105.0  # his pitch at 50; it doubles over the scale's 60 steps
 KED_WORDS = 165.0  # his words a minute, about

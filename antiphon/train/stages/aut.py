@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from antiphon.audio import LogMel
 from antiphon.aut import AuT, TextDecoder, TextDecoderConfig
-from antiphon.evaluate.text import error_rates
+from antiphon.error_rates import error_rates
 from antiphon.tokenizer import Tokenizer
 from antiphon.train.data import Example, batches, listened, pad, read_cuts
 from antiphon.train.loop import Figures, Loss

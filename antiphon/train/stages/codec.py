@@ -27,8 +27,8 @@ from antiphon.code2wav import Code2Wav, ConvNeXtBlock, SnakeBeta
 from antiphon.codec import Codec
 from antiphon.config import Code2WavConfig, CodecConfig
 from antiphon.config_json import parse_codec_config, read_json
+from antiphon.error_rates import error_rates
 from antiphon.errors import ConfigError
-from antiphon.evaluate.text import error_rates
 from antiphon.streaming import run_convolutions, tails_of
 from antiphon.train.adversary import Adversary, feature_loss, fooling_loss, judging_loss
 from antiphon.train.data import Example, Mix, load_samples, read_cuts

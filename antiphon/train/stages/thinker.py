@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from antiphon.audio import LogMel
 from antiphon.aut import AuT
 from antiphon.config import OmniConfig
-from antiphon.evaluate.text import normalize_text
+from antiphon.error_rates import normalize_text
 from antiphon.thinker import Thinker
 from antiphon.tokenizer import Tokenizer
 from antiphon.train.data import Example, batches, pad, read_cuts
