@@ -204,8 +204,12 @@ def asked(model: Omni, example: Example, messages: Sequence[Any]) -> Any:
     for message in messages:
         content = message["content"]
         if not isinstance(content, str):
-            parts = [(cut_out(example, whole, int(part["supervision"]), rate), rate) for part in content]
-            content = [{"type": "audio", "audio": part} for part in parts]
+            content = [
+                {"type": "audio", "audio": (cut_out(example, whole, int(part["supervision"]), rate), rate)}
+                if part["type"] == "audio"
+                else part
+                for part in content
+            ]
         session.append_message({"role": message["role"], "content": content})
     return session
 
