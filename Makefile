@@ -5,13 +5,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: test test-long check parity bench clean
+.PHONY: talk test test-long check parity bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
+
+## a spoken question answered by tiny, the checkpoint that comes with the package
+talk: $(STAMP)
+	$(BIN)/antiphon talk examples/question.wav -o reply.wav
 
 ## the default suite (two processes of one thread each: small tensors gain nothing from two threads)
 test: $(STAMP)
