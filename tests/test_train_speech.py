@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 
 import antiphon.generate
-from antiphon.audio import from_pcm16, pcm16, write_audio
+from antiphon.audio import from_pcm16, pcm16, read_audio, write_audio
 from antiphon.chat import TurnWriter
 from antiphon.codec import Codec
 from antiphon.config_json import parse_codec_config
@@ -225,6 +226,14 @@ def test_stages_train_and_export_a_checkpoint_that_speaks(place, tmp_path):
     code2wav = {f"code2wav.{n}": t for n, t in MODEL.speaking().code2wav.state_dict().items()}
     (runs / "code2wav").mkdir()
     write_safetensors(runs / "code2wav" / BEST, code2wav, {"run": "c"})
+    heard = SpeechStage(setting(place, "heard", init | {"code2wav": "code2wav"}, sources[1:], speaker=SPEAKER))
+    heard.modules.eval()
+    with torch.inference_mode():
+        heard.sample(tmp_path / "samples", Mock())
+    assert {path.suffix for path in (tmp_path / "samples").iterdir()} == {".wav", ".png"}
+    made, _ = read_audio(tmp_path / "samples" / "0-said.wav")
+    assert len(made) % FRAME == 0
+    assert float(np.abs(made).max()) > 0.01
     parts = {"aut": "again", "thinker": "again", "talker": "speech", "mtp": "speech", "speaker": "speech"}
     parts |= {"codec": "codec", "code2wav": "code2wav"}
     export(setting(place, "export", parts, sources, speaker=SPEAKER), tmp_path)

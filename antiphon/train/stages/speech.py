@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from antiphon.audio import LogMel
+from antiphon.audio import LogMel, write_audio
 from antiphon.codec import Codec
 from antiphon.errors import ConfigError
 from antiphon.files import read_metadata
-from antiphon.model import Boxes
+from antiphon.generate import Omni, collect
 from antiphon.speaker import SpeakerConfig, SpeakerEncoder
 from antiphon.talker import CLONED, talker_prompt
 from antiphon.train.codes import Spoken, encode, key_of, sound_of
@@ -34,10 +34,12 @@ from antiphon.train.data import Example, pad, read_cuts
 from antiphon.train.loop import BEST, Figures, Loss
 from antiphon.train.recipe import read_fields
 from antiphon.train.stages.aut import IGNORED
-from antiphon.train.stages.codec import read_codec_config
+from antiphon.train.stages.codec import picture, read_codec_config
 from antiphon.train.stages.common import Setting
 from antiphon.train.stages.thinker import TalkBatch, collate_talks, embed_talks, read_talk
 from antiphon.train.talks import Talk
+
+SAMPLES = 4  # of each validation manifest are said as training goes on
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class SpeechStage:
         self.setting, self.plan, self.device = setting, recipe.optimization, setting.device
         self.config, self.talker_config, self.tokenizer = config, config.talker, setting.tokenizer
         torch.manual_seed(recipe.seed)
-        self.boxes = Boxes(config, self.tokenizer)
+        self.boxes = Omni(config, self.tokenizer)
         speech = self.boxes.speaking()
         speaker = read_fields(
             SpeakerConfig, {"width": config.talker.text.hidden_size, **self.options.speaker}, "speaker"
@@ -92,6 +94,9 @@ class SpeechStage:
         begin_speech(speech)
         self.codec = Codec(read_codec_config(setting)).eval()
         begun = {"thinker": self.boxes.thinker, "aut": self.boxes.aut, "codec": self.codec}
+        self.sounds = "code2wav" in recipe.init  # without it there are codes to judge by, and nothing to hear
+        if self.sounds:
+            begun["code2wav"] = speech.code2wav
         trained = {"talker": speech.talker, "mtp": speech.mtp, "speaker": self.speaker}
         if missing := sorted(set(begun) - set(recipe.init)):
             raise ConfigError(
@@ -226,7 +231,31 @@ class SpeechStage:
         return {name: float(np.mean(values)) for name, values in figures.items()}
 
     def sample(self, folder: Path, board: Any) -> None:
-        """Nothing yet that this stage can say alone: Code2Wav is trained elsewhere."""
+        """A few sentences in the voices of their recordings, said here and by the codec alone: sound and pictures."""
+        if not self.sounds:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        rate, decode = self.codec.config.sampling_rate, self.boxes.speaking().code2wav
+        for number, (example, place) in enumerate(self._heard(SAMPLES)):
+            recorded = torch.from_numpy(sound_of((example, place), self.speaker.config.sample_rate).copy())[None]
+            voice = self.speaker(self.voice_mel(recorded, final=True).to(self.device))[0]
+            codes = self.codes[key_of((example, place))]
+            text = example.cut.supervisions[place].text
+            reply = collect(self.boxes.speak(text, voice=voice, seed=number, max_frames=2 * len(codes)))
+            wanted = decode(codes[None].to(self.device))[0].float().cpu()
+            longest = max(len(wanted), len(reply.audio))
+            wanted, made = (F.pad(w, (0, longest - len(w))) for w in (wanted, torch.from_numpy(reply.audio)))
+            for kind, wave in (("codec", wanted), ("said", made)):
+                write_audio(folder / f"{number}-{kind}.wav", wave.numpy(), rate)
+            board.add_audio(f"{number}", made[None], sample_rate=rate)
+            board.add_image(f"{number}, the codec's above", picture(folder / f"{number}.png", wanted, made, rate))
+            board.add_text(f"{number}", text)
+
+    def _heard(self, count: int) -> list[Spoken]:
+        """What is spoken in the first examples of each validation manifest."""
+        sources = self.setting.recipe.data.validation
+        cuts = [(c, s.task) for s in sources for c in read_cuts(s.cuts, self.setting.cuts)[:count]]
+        return [spoken_in(Example(cut, task))[0] for cut, task in cuts]
 
 
 def spoken_in(example: Example) -> list[Spoken]:
