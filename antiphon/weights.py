@@ -82,7 +82,9 @@ def find_checkpoint(name_or_path: str | Path) -> Path:
     Raises:
         WeightsError: neither a folder nor a Hub id that can be had.
     """
-    if str(name_or_path) == "tiny" and TINY.is_dir():
+    if str(name_or_path) == "tiny":
+        if not (TINY / INDEX).exists():
+            raise WeightsError("tiny does not come with this build yet; give another checkpoint with -m, or train it")
         return TINY
     path = Path(name_or_path).expanduser()
     if path.is_dir():

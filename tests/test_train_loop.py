@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from antiphon import files
 from antiphon.errors import ConfigError, InputError, WeightsError
-from antiphon.files import read_metadata, read_safetensors
+from antiphon.files import read_metadata, read_safetensors, write_safetensors
 from antiphon.train.data import Mix
+from antiphon.train.keep import keep, put_back
 from antiphon.train.loop import BEST, LOG, STATE, Figures, Loss, Run, learning_rate, train
 from antiphon.train.recipe import Data, Optimization, Recipe, Source, read_recipe
 
@@ -761,3 +762,23 @@ def test_accumulated_steps_share_no_batch(tmp_path):
     recipe = replace(TINY, optimization=replace(PLAN, steps=5, accumulate=3))
     train(Counted(recipe), recipe, tmp_path, quiet=True)
     assert sorted(drawn) == list(range(15))
+
+
+def test_what_is_kept_beside_recipes_stands_in_for_runs(tmp_path):
+    recipes, runs = tmp_path / "recipes", tmp_path / "runs"
+    for folder in (recipes, runs / "tokenizer", runs / "one"):
+        folder.mkdir(parents=True)
+    (runs / "tokenizer" / "config.json").write_text("{}")
+    torch.manual_seed(0)
+    tensors = {"a.weight": torch.randn(4, 3), "a.bias": torch.randn(4), "a.huge": torch.full((2, 2), 1e6)}
+    write_safetensors(runs / "one" / BEST, tensors, {"run": "first"})
+    (path,) = keep(recipes, runs, ["one"])
+    kept = read_safetensors(path)
+    assert [kept[n].dtype for n in tensors] == [torch.float16, torch.float32, torch.float32]
+    put_back(recipes, tmp_path / "elsewhere")
+    again = read_safetensors(tmp_path / "elsewhere" / "one" / BEST)
+    assert all(t.dtype == torch.float32 and torch.allclose(t, tensors[n], rtol=1e-3) for n, t in again.items())
+    assert (tmp_path / "elsewhere" / "tokenizer" / "config.json").read_text() == "{}"
+    write_safetensors(runs / "one" / BEST, {"a.weight": torch.zeros(1)}, {"run": "second"})
+    put_back(recipes, runs)  # what was trained here stays
+    assert list(read_safetensors(runs / "one" / BEST)) == ["a.weight"]

@@ -126,18 +126,21 @@ def evaluate(
 ) -> None:
     """How well a model hears, answers, speaks and clones: tiny's tables, or error rates on anyone's lhotse cuts."""
     with needs_extra():
-        from antiphon.evaluate.world import TABLES, Row, Trial, rates_of
-    if unknown := sorted(set(only or ()) - set(TABLES)):
-        raise InputError(f"there is no table {unknown[0]!r}; there are {', '.join(TABLES)}")
+        from antiphon.evaluate import voice, world
+        from antiphon.evaluate.trial import Row, Trial
+    tables = (world.listening, world.windows, world.languages, world.scenes, world.answers, voice.speaking)
+    named = {f.__name__: f for f in (*tables, voice.cloning, world.size, world.speed)}
+    if unknown := sorted(set(only or ()) - set(named)):
+        raise InputError(f"there is no table {unknown[0]!r}; there are {', '.join(named)}")
     omni = load_model(model, device, dtype)
     rows: list[Row] = []
     with Progress(*COLUMNS, TimeRemainingColumn(), console=say, transient=True) as progress:
         trial = Trial(omni, cuts, limit, lambda items, what: progress.track(items, description=what))
         if data is not None:
-            found = rates_of(replace(trial, cuts=data.parent), data.name, window)
+            found = world.rates_of(replace(trial, cuts=data.parent), data.name, window)
         else:
             make_sets(recipe, cuts)
-            found = (row for name, table in TABLES.items() if not only or name in only for row in table(trial))
+            found = (row for name, table in named.items() if not only or name in only for row in table(trial))
         if not as_json:
             print("| | seen | target |\n|---|---|---|", flush=True)
         for row in found:

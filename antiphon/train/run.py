@@ -15,6 +15,7 @@ from antiphon.errors import ConfigError
 from antiphon.train.corpus import Set, read_corpus, read_sets
 from antiphon.train.data import Example, read_cuts
 from antiphon.train.export import export
+from antiphon.train.keep import put_back
 from antiphon.train.label import label
 from antiphon.train.loop import Stage, train
 from antiphon.train.recipe import Recipe, read_fields, read_recipe, read_yaml_table
@@ -75,6 +76,7 @@ def _corpus_of(folder: Path) -> dict[str, Set]:
 def train_course(course: Course, cuts: Path, runs: Path, device: torch.device, *, quiet: bool = False) -> list[Path]:
     """Train the recipes one after another, each from where an earlier call was stopped; returns the runs' folders."""
     cuts, runs = cuts / course.name, runs / course.name
+    put_back(course.folder, runs)
     return [train_recipe(recipe, course.folder, cuts, runs, device, quiet=quiet) for recipe in course.recipes]
 
 

@@ -1,0 +1,59 @@
+"""Weights of finished runs beside their recipes, in half precision: later stages can be trained without the earlier.
+
+    python -m antiphon.train.keep recipes/tiny runs/tiny broad codec code2wav
+
+writes recipes/tiny/trained/NAME.safetensors, and `antiphon train` puts them where the runs would be, unless these have
+been trained there.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from antiphon.files import read_metadata, read_safetensors, write_safetensors
+from antiphon.train.loop import BEST
+from antiphon.train.stages.common import TOKENIZER
+
+KEPT = "trained"  # folder beside recipes
+LARGEST = 6e4  # a float16 holds 65504
+
+
+def keep(recipes: Path, runs: Path, names: list[str]) -> list[Path]:
+    """Write the best weights of runs, and the tokenizer they were trained with, beside the recipes."""
+    kept = recipes / KEPT
+    kept.mkdir(exist_ok=True)
+    shutil.copytree(runs / TOKENIZER, kept / TOKENIZER, dirs_exist_ok=True)
+    for name in names:
+        best = runs / name / BEST
+        tensors = {n: halved(t) for n, t in read_safetensors(best).items()}
+        write_safetensors(kept / f"{name}.safetensors", tensors, {"run": read_metadata(best, "run")})
+    return [kept / f"{name}.safetensors" for name in names]
+
+
+def halved(tensor: Tensor) -> Tensor:
+    """Matrices in float16, whose eleven bits are more than bfloat16's eight; statistics and what is larger as it is."""
+    small = tensor.dtype == torch.float32 and tensor.dim() > 1 and float(tensor.abs().max()) < LARGEST
+    return tensor.half() if small else tensor
+
+
+def put_back(recipes: Path, runs: Path) -> None:
+    """Put what is kept beside the recipes where their runs would be, unless there are runs."""
+    kept = recipes / KEPT
+    if (kept / TOKENIZER).is_dir() and not (runs / TOKENIZER).exists():
+        shutil.copytree(kept / TOKENIZER, runs / TOKENIZER)
+    for path in sorted(kept.glob("*.safetensors")):
+        best = runs / path.stem / BEST
+        if not best.exists():
+            best.parent.mkdir(parents=True, exist_ok=True)
+            tensors = {n: t.float() if t.dtype == torch.float16 else t for n, t in read_safetensors(path).items()}
+            write_safetensors(best, tensors, {"run": read_metadata(path, "run")})
+
+
+if __name__ == "__main__":
+    for written in keep(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]):
+        print(f"{written} {written.stat().st_size / 1e6:.1f} MB")
