@@ -178,7 +178,7 @@ class AuT(nn.Module):
         for part in used.split(CONVOLVED_AT_ONCE):
             silence = torch.arange(c.chunk_frames) >= sound[part, None]
             piece = chunks[part].masked_fill(silence[..., None].to(x.device), 0)
-            tokens[part] = self._convolve(piece.to(tokens.dtype), edge[part].to(x.device)).to(tokens.dtype)
+            tokens[part] = self._convolve(piece.to(tokens.dtype), edge[part]).to(tokens.dtype)
         lengths = torch.tensor([c.tokens(int(v)) for v in valid])
         longest = int(lengths.max())
         y = tokens.unflatten(0, (-1, per_window)).flatten(1, 2)[:, :longest]
@@ -191,11 +191,13 @@ class AuT(nn.Module):
 
     def _convolve(self, x: Tensor, edge: Tensor) -> Tensor:
         """Chunks [n, frames, F] -> tokens [n, chunk tokens, W]; nothing is heard past `edge` [n] frames."""
-        x = x.transpose(1, 2)[:, None]
+        inside = int(edge.min()) < x.shape[1]  # of some chunk: usually there is nothing to cut off
+        x, edge = x.transpose(1, 2)[:, None], edge.to(x.device)
         for i in range(self.config.conv_layers):
             x = F.gelu(self.get_submodule(f"conv2d{i + 1}")(x))
             edge = (edge + 1) // 2
-            x = x * (torch.arange(x.shape[-1], device=x.device) < edge[:, None])[:, None, None]
+            if inside:
+                x = x * (torch.arange(x.shape[-1], device=x.device) < edge[:, None])[:, None, None]
         x = self.conv_out(x.permute(0, 3, 1, 2).flatten(2))
         return x + sinusoids(x.shape[1], x.shape[2], x.device).to(x.dtype)
 
