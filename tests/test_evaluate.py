@@ -1,13 +1,17 @@
 """`antiphon evaluate`: what is asked of a model, and how its answers are counted."""
 
 import json
+import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from lhotse import CutSet
 
 from antiphon import cli
+from antiphon.evaluate import voice
+from antiphon.evaluate.tags import statistics
 from antiphon.evaluate.trial import Trial, asked, percent
 from antiphon.evaluate.world import rates_of, tempo_in
 from antiphon.generate import collect
@@ -107,3 +111,34 @@ def test_the_answer_of_a_session_is_of_its_messages(cuts):
         collect(asked(omni(), example, m).respond(audio=False, max_text_tokens=6)) for m in (before, before[:2])
     )
     assert long.text_ids != short.text_ids
+
+
+@pytest.mark.parametrize("clones", [True, False])
+def test_cloning_tells_a_voice_that_was_taken_from_one_that_was_not(clones, monkeypatch, cuts):
+    """With a cloner that is the speech engine itself, and with one that has a single voice."""
+
+    def fingerprint(samples, rate):
+        x = statistics(samples, rate)
+        return x / np.linalg.norm(x)
+
+    model = SimpleNamespace(clone=lambda samples, rate: next(taken))
+    taken = iter(range(len(voice.UNHEARD)))
+    monkeypatch.setattr(voice, "voice_print", fingerprint)
+    monkeypatch.setattr(
+        voice, "said", lambda model, text, i: voice.rendered(voice.UNHEARD[i if clones else 0], "en", i, 2.0)
+    )
+    nearest, alike = voice.cloning(Trial(model, cuts, 1, lambda items, what: items))
+    share = float(nearest.seen.rstrip(" %")) / 100
+    near, ceiling, floor = (float(x) for x in re.findall(r"\d\.\d+", alike.seen))
+    assert (share > 0.6) == clones
+    assert floor < ceiling
+    assert (near > (floor + ceiling) / 2) == clones
+
+
+def test_a_rendering_is_as_long_as_asked():
+    short, rate = voice.rendered(voice.UNHEARD[0], "ja", 3, 0.0)
+    long, _ = voice.rendered(voice.UNHEARD[0], "ja", 3, 6.0)
+    assert len(short) < 6 * rate <= len(long)
+    assert np.array_equal(long[: len(short)], short)
+    assert len(set(voice.UNHEARD)) == 20
+    assert not {v.variant for v in voice.UNHEARD} & set(espeak.TRAIN_VARIANTS)
