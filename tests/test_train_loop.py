@@ -771,10 +771,11 @@ def test_what_is_kept_beside_recipes_stands_in_for_runs(tmp_path):
     (runs / "tokenizer" / "config.json").write_text("{}")
     torch.manual_seed(0)
     tensors = {"a.weight": torch.randn(4, 3), "a.bias": torch.randn(4), "a.huge": torch.full((2, 2), 1e6)}
-    write_safetensors(runs / "one" / BEST, tensors, {"run": "first"})
-    (path,) = keep(recipes, runs, ["one"])
+    write_safetensors(runs / "one" / BEST, tensors | {"b.bias": torch.zeros(1)}, {"run": "first"})
+    (path,) = keep(recipes, runs, ["one:a"])
     kept = read_safetensors(path)
-    assert [kept[n].dtype for n in tensors] == [torch.float16, torch.float32, torch.float32]
+    assert list(kept) == list(tensors)
+    assert [t.dtype for t in kept.values()] == [torch.float16, torch.float32, torch.float32]
     put_back(recipes, tmp_path / "elsewhere")
     again = read_safetensors(tmp_path / "elsewhere" / "one" / BEST)
     assert all(t.dtype == torch.float32 and torch.allclose(t, tensors[n], rtol=1e-3) for n, t in again.items())
