@@ -20,8 +20,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from antiphon.audio import pcm16, write_audio
 from antiphon.errors import InputError
 from antiphon.generate import AudioDelta, Done, Event, Omni, Reply, TextDelta, load
+from antiphon.weights import find_checkpoint
 
 say = Console(stderr=True, highlight=False)
+SMALL = 1 << 30  # bytes of a checkpoint that is small enough to be held twice as large
 
 
 class Dtype(StrEnum):
@@ -42,7 +44,7 @@ class Dtype(StrEnum):
 Model = Annotated[str, typer.Argument(help="tiny, a checkpoint's folder or a Hub id.", metavar="MODEL")]
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="tiny, a checkpoint's folder or a Hub id.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
-DtypeOption = Annotated[Dtype, typer.Option(help="Type of the weights; auto is the one on disk.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Type of the weights; auto: as on disk, float32 if small on a CPU.")]
 VoiceOption = Annotated[str | None, typer.Option(help="Voice; the checkpoint's first by default.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the sampled speech.")]
 WindowOption = Annotated[int | None, typer.Option(help="Seconds the encoder attends over: 1, 2, 4 or 8 (as released).")]
@@ -52,7 +54,13 @@ FrameLimit = Annotated[int, typer.Option("--max-frames", min=1, help="Longest sp
 
 
 def load_model(model: str, device: str, dtype: Dtype) -> Omni:
-    """A checkpoint, with a bar while its weights are read."""
+    """A checkpoint, with a bar while its weights are read.
+
+    Where no type is asked for, a small one is held in float32 on a CPU, which is faster there than bfloat16.
+    """
+    wanted, folder = dtype.torch, find_checkpoint(model)
+    if wanted is None and device == "cpu" and sum(path.stat().st_size for path in folder.glob("*.safetensors")) < SMALL:
+        wanted = torch.float32
     columns = (TextColumn("reading weights"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=say, transient=True) as progress:
         task = progress.add_task("weights", total=None)
@@ -60,7 +68,7 @@ def load_model(model: str, device: str, dtype: Dtype) -> Omni:
         def step(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
 
-        return load(model, device, dtype.torch, progress=step)
+        return load(folder, device, wanted, progress=step)
 
 
 def play(events: Iterator[Event], output: str | None, shown: bool = True) -> Reply:
