@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -121,7 +122,7 @@ def test_cloning_tells_a_voice_that_was_taken_from_one_that_was_not(clones, monk
         x = statistics(samples, rate)
         return x / np.linalg.norm(x)
 
-    model = SimpleNamespace(clone=lambda samples, rate: next(taken))
+    model: Any = SimpleNamespace(clone=lambda samples, rate: next(taken))
     taken = iter(range(len(voice.UNHEARD)))
     monkeypatch.setattr(voice, "voice_print", fingerprint)
     monkeypatch.setattr(
