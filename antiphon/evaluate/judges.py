@@ -12,10 +12,9 @@ Shapes: N samples or renderings, T frames of `HOP`, C cepstral coefficients and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -25,21 +24,14 @@ from numpy.typing import NDArray
 
 from antiphon.audio import Samples, check_samples
 from antiphon.errors import AudioError, InputError
+from antiphon.train import commands
 
 RATE = 16000  # Hz, what all judges listen at
 AUDIBLE = 1e-3  # a peak below it is no sound
 SHORTEST = 0.1  # seconds; less has no voice
 
 Floats = NDArray[np.floating[Any]]
-
-
-@contextmanager
-def needs_extra() -> Iterator[None]:
-    """Say which extra is missing where an import fails."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise InputError(f"judging needs {error.name}; install it with pip install 'antiphon[eval]'") from None
+needs_extra = partial(commands.needs_extra, "judging", "eval")
 
 
 def heard(samples: Any, rate: int) -> Samples:

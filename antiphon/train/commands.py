@@ -30,12 +30,12 @@ Cuts = Annotated[Path, typer.Option(help="Folder that the recipes' manifests are
 
 
 @contextmanager
-def needs_extra() -> Iterator[None]:
-    """Say which extra is missing where an import fails."""
+def needs_extra(what: str = "training", extra: str = "train") -> Iterator[None]:
+    """Say which extra is missing where an import fails, and what for."""
     try:
         yield
     except ModuleNotFoundError as error:
-        raise InputError(f"training needs {error.name}; install it with pip install 'antiphon[train]'") from None
+        raise InputError(f"{what} needs {error.name}; install it with pip install 'antiphon[{extra}]'") from None
 
 
 def corpus(
