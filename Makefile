@@ -11,6 +11,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt Resemblyzer  # what it asks for needs a compiler
 	touch $@
 
 ## a spoken question answered by tiny, the checkpoint that comes with the package

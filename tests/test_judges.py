@@ -41,19 +41,20 @@ def renderings():
     return {code: [cepstra(said(text, code, MAN), RATE) for text in lines(code)] for code in SPOKEN}
 
 
-@pytest.mark.parametrize("language", SPOKEN)
-def test_the_words_are_judged_and_not_the_voice(language, renderings):
-    """Each sentence by another speaker at another speed, some of them drawn; the chance is one in fifty.
+def test_the_words_are_judged_and_not_the_voice(renderings):
+    """Each sentence by another speaker at another speed, half of them held-out voices; the chance is one in fifty.
 
-    Japanese, whose sentences of the world sound most alike, comes to 94 %: the ceiling of the judge itself.
+    Fifty clips of one language are too few to hold a bar that is three mistakes away, so that is for all together.
     """
-    references, texts = renderings[language], lines(language)
-    assert len(references) > 45
-    rng = np.random.default_rng(5)
-    voices = [espeak.draw_voice(rng, espeak.HELD_OUT_VARIANTS) if i % 2 else WOMAN for i in range(len(texts))]
-    clips = [cepstra(said(text, language, voice), RATE) for text, voice in zip(texts, voices, strict=True)]
-    found = [nearest_rendering(clip, references).index for clip in clips]
-    assert np.mean([a == b for a, b in enumerate(found)]) >= 0.9
+    right = {}
+    for language, references in renderings.items():
+        texts, rng = lines(language), np.random.default_rng(5)
+        assert len(references) > 45
+        voices = [espeak.draw_voice(rng, espeak.HELD_OUT_VARIANTS) if i % 2 else WOMAN for i in range(len(texts))]
+        clips = [cepstra(said(text, language, voice), RATE) for text, voice in zip(texts, voices, strict=True)]
+        right[language] = [nearest_rendering(clip, references).index == i for i, clip in enumerate(clips)]
+    assert np.mean(sum(right.values(), [])) >= 0.95
+    assert min(np.mean(found) for found in right.values()) >= 0.9, right
 
 
 def test_other_sentences_are_not_the_right_ones(renderings):
