@@ -12,18 +12,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from antiphon.conversation import WINDOWS
 from antiphon.error_rates import BY_CHARACTER, error_rates, normalize_text
-from antiphon.evaluate.tags import music_baseline, sound_baseline
-from antiphon.evaluate.trial import Row, Trial, asked, by_language, mean, percent, sound
+from antiphon.evaluate.tags import WITHIN, music_baseline, sound_baseline
+from antiphon.evaluate.trial import PIECE, Row, Trial, asked, by_language, mean, percent, sound
 from antiphon.generate import collect
 from antiphon.train.data import Example, read_cuts
 from antiphon.train.dialog import load_phrases
 from antiphon.train.talks import WHICH_LANGUAGE, cut_out, messages_of
 from antiphon.train.world import LANGUAGES, number_words
 
-WINDOWS = (1, 2, 4, 8)
 LEARNT = 600  # training clips that the baselines learn classes from
-TEMPO = 0.04  # relative error of a tempo that counts as right
 
 
 def rates_of(trial: Trial, name: str, window: int | None = None) -> Iterator[Row]:
@@ -85,7 +84,7 @@ def scenes(trial: Trial) -> Iterator[Row]:
         said = [trial.ask(e, phrases.questions[f"{kind}.1"]) for e in trial.track(examples, kind)]
         if kind == "tempo":
             wanted = [e.custom(kind) for e in examples]
-            right = [abs(tempo_in(a) - b) <= TEMPO * b for a, b in zip(said, wanted, strict=True)]
+            right = [abs(tempo_in(a) - b) <= WITHIN * b for a, b in zip(said, wanted, strict=True)]
         else:
             wanted = [phrases.answers[kind].format(**{kind: phrases.labels[kind][e.custom(kind)]}) for e in examples]
             right = [normalize_text(a) == normalize_text(b) for a, b in zip(said, wanted, strict=True)]
@@ -144,9 +143,10 @@ def speed(trial: Trial) -> Iterator[Row]:
         if "supervision" not in (last := messages_of(example)[-1]) or not last["content"]:
             continue
         session = trial.model.session()
-        samples = cut_out(example, sound(example)[0], 0, 16000)
-        for start in range(0, len(samples), 1280):
-            session.append_audio(samples[start : start + 1280])
+        rate = trial.model.config.audio.mel.sample_rate
+        samples, piece = cut_out(example, sound(example)[0], 0, rate), round(PIECE * rate)
+        for start in range(0, len(samples), piece):
+            session.append_audio(samples[start : start + piece], rate)
         reply = collect(session.respond(max_frames=100))
         if len(reply.audio):
             ratios.append(reply.timings["total"] * reply.sample_rate / len(reply.audio))

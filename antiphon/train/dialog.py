@@ -47,8 +47,9 @@ from antiphon.train.world import (
     vocabulary,
     words_of,
 )
+from antiphon.transcripts import SPOKEN
 
-DIALOG_LANGUAGES = ("de", "en", "es", "fr", "it", "ja", "ko", "pt", "ru", "zh")
+DIALOG_LANGUAGES = SPOKEN
 KINDS: dict[str, tuple[str, ...]] = {  # question types of each kind; a follow-up's first turn is that of FIRST
     "arithmetic": ("arithmetic",),
     "calendar": ("day", "month"),
