@@ -54,6 +54,20 @@ def test_processes_change_nothing_and_what_is_lost_is_made_again(made, tmp_path,
     assert counted[-1][0] == counted[-1][1] == len(list(tmp_path.glob("*/*.wav")))
 
 
+def test_lists_of_words_cannot_be_guessed(tmp_path):
+    """Each is said again as it was asked; words of all languages in any order, no two lists alike."""
+    table = {"sets": {"words": {"kind": "words", "count": 40, "languages": ["de", "ja", "zh"], "silent": True}}}
+    cuts = read_cuts(make_corpus(read_sets(table, "test"), tmp_path, 1, lambda done, of: None)["words"])
+    lists = [messages_of(Example(cut, "text"))[-1]["content"] for cut in cuts]
+    for cut, listed in zip(cuts, lists, strict=True):
+        asked = messages_of(Example(cut, "text"))[0]["content"]
+        assert asked.endswith(f" {listed}")
+        assert len(asked) > len(listed) + 1
+    assert len(set(lists)) == len(cuts) == 120
+    pairs = {pair for listed in lists for pair in pairwise(listed.split())}
+    assert len(pairs) > 0.95 * sum(len(listed.split()) - 1 for listed in lists)
+
+
 def test_another_recipe_makes_other_shards(made, tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "SHARD", 5)
     changed = {**SETS, "seed": 4}

@@ -1,6 +1,8 @@
 """What training lays out and scores is what inference lays out and scores."""
 
 import json
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -19,6 +21,7 @@ from antiphon.files import write_safetensors
 from antiphon.generate import Session, collect
 from antiphon.sampling import THINKER_CODEBOOK
 from antiphon.speaker import load_speaker
+from antiphon.train.codes import key_of
 from antiphon.train.data import load_samples, read_cuts
 from antiphon.train.export import export
 from antiphon.train.loop import BEST, train
@@ -26,7 +29,7 @@ from antiphon.train.recipe import Recipe, read_fields
 from antiphon.train.stages.codec import CODEC_SIZES
 from antiphon.train.stages.common import Setting
 from antiphon.train.stages.speech import SpeechStage, spoken_in
-from antiphon.train.stages.thinker import ThinkerStage, read_talk
+from antiphon.train.stages.thinker import ThinkerStage, collate_talks, read_talk, spelling_loss
 from antiphon.train.talks import lay_out
 from tests.models import CPU, IDS, VOCAB, config_json, omni, script
 from tests.models import sound as exact_sound
@@ -147,6 +150,54 @@ def test_tasks_ask_and_answer(stage):
         assert talk.ids[:2] == TurnWriter(MODEL.tokenizer).open("user")
 
 
+def test_what_is_heard_perfectly_is_the_text_with_blanks(stage):
+    """The task "heard" needs no sound, and differs from a real conversation in the places of its clips only."""
+    (example,) = examples(stage, "talk")
+    real = read_talk(example, MODEL.tokenizer, MODEL.config)
+    heard = read_talk(replace(example, task="heard"), MODEL.tokenizer, MODEL.config)
+    blank, start, end = (
+        MODEL.config.audio_token_id,
+        MODEL.config.audio_start_token_id,
+        MODEL.tokenizer.audio_end_token_id,
+    )
+    assert not heard.clips
+    assert not any(heard.sound)
+    assert heard == read_talk(replace(example, task="heard"), MODEL.tokenizer, MODEL.config)
+
+    def clips(ids: list[int]) -> list[list[int]]:
+        ends = [i for i, token in enumerate(ids) if token == end]
+        return [ids[ids.index(start, before) + 1 : stop] for before, stop in zip([0, *ends], ends, strict=False)]
+
+    assert [[i for i in clip if i != blank] for clip in clips(heard.ids)] == real.texts
+    assert MODEL.tokenizer.decode(real.texts[0]) == SAYINGS[0]
+    assert blank in clips(heard.ids)[0]
+    assert all(set(clip) == {blank} for clip in clips(real.ids))
+    assert [i for i, mine in zip(heard.ids, heard.said, strict=True) if mine] == [
+        i for i, mine in zip(real.ids, real.said, strict=True) if mine
+    ]
+
+
+def test_rows_that_read_like_the_text_spell_it(stage):
+    """Rows that are embeddings of the text and of the blank cost next to nothing; of another text, much."""
+    (example,) = examples(stage, "talk")
+    talk = read_talk(example, MODEL.tokenizer, MODEL.config)
+    batch = collate_talks([talk], MODEL.config, stage.log_mel, 8)
+    assert batch.lengths.tolist() == [len(MODEL.tokenizer.encode(SAYINGS[i])) for i in (0, 2)]
+    blank, thinker = MODEL.config.audio_token_id, deepcopy(MODEL.thinker)
+    torch.nn.init.normal_(thinker.model.embed_tokens.weight, std=3.0)
+    rows = int(max(MODEL.config.audio.tokens(int(n)) for n in batch.frames))
+    costs = []
+    for texts in (talk.texts, talk.texts[::-1]):
+        ids = torch.full((2, rows), blank)
+        for line, text in zip(ids, texts, strict=True):
+            doubled = zip(text, [None, *text], strict=False)  # of the same token twice, a blank makes two
+            spelled = [i for token, before in doubled for i in ([blank, token] if token == before else [token])]
+            line[: len(spelled)] = torch.tensor(spelled)
+        costs.append(float(spelling_loss(thinker, MODEL.aut, thinker.embed(ids), batch, blank)))
+    assert costs[0] < 0.01
+    assert costs[1] > 1
+
+
 @pytest.mark.parametrize("task", ["talk", "say"])
 def test_the_loss_is_the_likelihood_that_generation_assigns(stage, task, monkeypatch):
     """Codes forced frame by frame through the readable loop score what teacher forcing scores."""
@@ -210,7 +261,7 @@ def test_codes_fill_the_frames(stage):
     for task in ("talk", "say"):
         for example in examples(stage, task):
             for one in spoken_in(example):
-                codes = stage.codes[example.cut.supervisions[one[1]].id]
+                codes = stage.codes[key_of(one)]
                 assert len(codes) == -(-round(example.cut.supervisions[one[1]].duration * RATE) // FRAME)
 
 

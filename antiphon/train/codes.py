@@ -1,4 +1,4 @@
-"""Codes of a corpus: what the Talker is trained to say, made once by a trained codec and kept beside the run.
+"""Codes of a corpus: what the Talker is trained to say, made once by a trained codec and kept among the runs.
 
 Shapes: N samples, T frames, Q codebooks.
 """
@@ -19,31 +19,41 @@ from antiphon.files import read_safetensors, write_safetensors
 from antiphon.train.data import Example, load_samples
 from antiphon.train.talks import cut_out
 
+KEPT_EVERY = 4000  # clips: what a kill costs
 Spoken = tuple[Example, int]  # a cut and which of its supervisions is spoken
 
 
 def key_of(spoken: Spoken) -> str:
-    """Name of the codes of one supervision."""
-    return spoken[0].cut.supervisions[spoken[1]].id
+    """Name of the codes of one supervision: what it is called and where its sound lies."""
+    cut, part = spoken[0].cut, spoken[0].cut.supervisions[spoken[1]]
+    return f"{part.id} {cut.start + part.start:.4f} {part.duration:.4f}"
 
 
-def encode(codec: Codec, spoken: Sequence[Spoken], cache: Path, mark: str, *, quiet: bool = False) -> dict[str, Tensor]:
-    """Codes [T, Q] of what is spoken, by supervision id; `mark` names the codec, and another one's codes are not used.
+def encode(codec: Codec, spoken: Sequence[Spoken], cache: Path, *, quiet: bool = False) -> dict[str, Tensor]:
+    """Codes [T, Q] of what is spoken, by `key_of`; those that this codec made before are read from the folder `cache`.
 
     Raises:
         AudioError: a cut that cannot be read.
     """
-    names = hashlib.sha256("\n".join([mark, *map(key_of, spoken)]).encode()).hexdigest()[:16]
-    path = cache / f"codes-{names}.safetensors"
-    if path.exists():
-        return {name: codes.long() for name, codes in read_safetensors(path).items()}
-    codes = {}
-    with torch.no_grad():
-        for one in track(spoken, "codes of the corpus", disable=quiet):
-            codes[key_of(one)] = codec.encode(torch.from_numpy(sound_of(one, codec.config.sampling_rate))[None])[0]
+    path = cache / f"codes-{fingerprint(codec)}.safetensors"
+    known = read_safetensors(path) if path.exists() else {}
+    missing = list({key: one for one in spoken if (key := key_of(one)) not in known}.items())
     cache.mkdir(parents=True, exist_ok=True)
-    write_safetensors(path, {name: c.contiguous() for name, c in codes.items()})
-    return codes
+    with torch.no_grad():
+        for done, (key, one) in enumerate(track(missing, "codes of the corpus", disable=quiet or not missing), 1):
+            sound = torch.from_numpy(sound_of(one, codec.config.sampling_rate))
+            known[key] = codec.encode(sound[None])[0].to(torch.int16).contiguous()
+            if done % KEPT_EVERY == 0 or done == len(missing):
+                write_safetensors(path, known)
+    return {key: known[key].long() for key in map(key_of, spoken)}
+
+
+def fingerprint(codec: Codec) -> str:
+    """Changes with every weight of the codec."""
+    whole = hashlib.sha256()
+    for name, tensor in sorted(codec.state_dict().items()):
+        whole.update(name.encode() + tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return whole.hexdigest()[:16]
 
 
 def sound_of(spoken: Spoken, rate: int) -> Samples:

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from antiphon.errors import ConfigError
 from antiphon.train import dialog, espeak, music, noises
 from antiphon.train.augment import Augment, augment
 from antiphon.train.data import PACE, resample
-from antiphon.train.dialog import DIALOG_LANGUAGES
+from antiphon.train.dialog import DIALOG_LANGUAGES, dialog_vocabulary
 from antiphon.train.dialog import KINDS as KINDS_OF_DIALOG
 from antiphon.train.recipe import read_fields, read_yaml_table
 from antiphon.train.world import (
@@ -45,13 +45,14 @@ SHARD = 200  # clips in a wav file
 GAP = 0.05  # seconds of silence between them
 SILENT = "silent"  # the voice of text alone
 DIGITS = (2, 6)  # how many are said, from the first to below the second
+LISTED = (4, 33)  # words in a list, likewise
 
 
 @dataclass(frozen=True)
 class Set:
     """One manifest of a corpus."""
 
-    kind: str  # speech, music, sound, over (speech over an everyday sound), dialog, digits
+    kind: str  # speech, music, sound, over (speech over an everyday sound), dialog, digits, words
     count: int  # clips, of each language where there are languages
     split: str = "train"  # of the world's sentences; timbres and sounds are "train" or "held-out" with the voices
     languages: tuple[str, ...] = ()
@@ -109,7 +110,7 @@ def _checked(value: Any, where: str, seed: int) -> Set:
         raise ConfigError(f"{where}.kind is {s.kind!r}; expected one of {', '.join(KINDS)}")
     if unknown := set(s.languages) - set(LANGUAGES):
         raise ConfigError(f"{where}: no language {', '.join(sorted(unknown))}; there are {', '.join(LANGUAGES)}")
-    if s.kind in ("speech", "over", "digits") and not s.languages:
+    if s.kind in ("speech", "over", "digits", "words") and not s.languages:
         raise ConfigError(f"{where}.languages is missing; name at least one")
     return replace(s, seed=seed + s.seed)
 
@@ -299,6 +300,33 @@ def digits(s: Set, index: int, rng: np.random.Generator) -> Clip:
     return Clip(samples, "", language, None, {"messages": messages, "language": language}, parts)
 
 
+def words(s: Set, index: int, rng: np.random.Generator) -> Clip:
+    """Words of several languages in any order, to be said again; text alone.
+
+    None of them can be guessed, so this is what copying is learnt from: sentences of so small a world teach to guess.
+    """
+    language = s.languages[index % len(s.languages)]
+    pools = [_listed(code) for code in s.languages]
+    drawn = [pools[int(rng.integers(len(pools)))] for _ in range(int(rng.integers(*LISTED)))]
+    listed = " ".join(pool[int(rng.integers(len(pool)))] for pool in drawn)
+    asked = f"{dialog.load_phrases(language).questions['repeat.1']} {listed}"
+    parts = tuple(
+        Clip(np.zeros(round(PACE * len(text) * espeak.RATE), np.float32), text, language, SILENT)
+        for text in (asked, listed)
+    )
+    messages = [
+        {"role": "user", "content": [{"type": "audio", "supervision": 0}]},
+        {"role": "assistant", "content": listed},
+    ]
+    samples = np.concatenate([part.samples for part in parts])
+    return Clip(samples, "", language, None, {"messages": messages, "language": language, "kind": "words"}, parts)
+
+
+@cache
+def _listed(language: str) -> list[str]:
+    return dialog_vocabulary(language)
+
+
 def tune(s: Set, index: int, rng: np.random.Generator) -> Clip:
     """A melody with chords, described."""
     samples, labels = music.compose(rng, timbres(s))
@@ -379,4 +407,12 @@ def describe_sound(kind: str) -> str:
     return f"sound of {kind}"
 
 
-KINDS = {"speech": speech, "over": over, "music": tune, "sound": sound, "dialog": conversation, "digits": digits}
+KINDS = {
+    "speech": speech,
+    "over": over,
+    "music": tune,
+    "sound": sound,
+    "dialog": conversation,
+    "digits": digits,
+    "words": words,
+}

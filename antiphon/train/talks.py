@@ -4,10 +4,14 @@ A cut either carries `messages` (OpenAI's form; an audio part names the supervis
 clip, and its task makes the messages: a question to the clip and the answer that its supervision gives.
 
     cut ── task ──> messages ── TurnWriter, as in inference ──> ids, clips, said
+
+With the task "heard" nothing is listened to: in the place of a clip stands what an encoder would give that hears
+perfectly, its text token by token with blanks between. So the Thinker learns to listen before there is an encoder.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +27,7 @@ from antiphon.transcripts import PROMPTS
 Message = Mapping[str, Any]
 WHICH_LANGUAGE = "Which language is this?"
 DESCRIBE = "What do you hear?"
+BLANKS = 3  # at most, after each token of what is heard; a token is said in two or three frames
 
 
 @dataclass
@@ -34,13 +39,18 @@ class Talk:
     clips: list[Samples]  # at the front end's rate, in the order of their audio ids
     places: list[int]  # of each clip's first id
     user: list[bool]  # per id: of a user's turn, so part of the Talker's prompt
+    sound: list[bool]  # per id: a place for a row of the encoder's
+    texts: list[list[int]]  # ids of what is said in each clip; none where it is not speech
     replies: list[Reply]
 
     def before(self, start: int) -> Talk:
         """The conversation up to its id `start`, which begins an answer."""
         heard = [i for i, place in enumerate(self.places) if place < start]
         clips = [self.clips[i] for i in heard]
-        return Talk(self.ids[:start], self.said[:start], clips, self.places[: len(clips)], self.user[:start], [])
+        places, texts = self.places[: len(clips)], self.texts[: len(clips)]
+        return Talk(
+            self.ids[:start], self.said[:start], clips, places, self.user[:start], self.sound[:start], texts, []
+        )
 
 
 @dataclass(frozen=True)
@@ -54,13 +64,13 @@ class Reply:
 
 
 def messages_of(example: Example) -> list[Message]:
-    """The messages of a cut, by its task: its own ("talk", or "text" with all sound as text), or a question to a clip.
+    """The messages of a cut, by its task: its own ("talk", "heard", "text": sound as text), or a question.
 
     Raises:
         InputError: a task that is none, or one that the cut has nothing for.
     """
-    if example.task in ("talk", "text"):
-        messages = (example.cut.custom or {}).get("messages")
+    messages = (example.cut.custom or {}).get("messages")
+    if example.task in ("talk", "text") or (example.task == "heard" and messages):
         if not messages:
             raise InputError(f"cut {example.cut.id} carries no messages; its task cannot be {example.task}")
         said: list[str] = [str(s.text) for s in example.cut.supervisions]
@@ -74,6 +84,7 @@ def messages_of(example: Example) -> list[Message]:
 
 QUESTIONS: dict[str, Callable[[Example], tuple[str, str]]] = {
     "transcribe": lambda e: (PROMPTS.get(e.language or "", PROMPTS[""]), e.text),
+    "heard": lambda e: (PROMPTS.get(e.language or "", PROMPTS[""]), e.text),
     "language": lambda e: (WHICH_LANGUAGE, LANGUAGES[e.language or "en"].name),
     "describe": lambda e: (DESCRIBE, e.text),
 }
@@ -88,13 +99,14 @@ def _as_text(message: Message, said: Sequence[str]) -> Message:
 
 def lay_out(example: Example, tokenizer: Tokenizer, tokens: Callable[[int], int], rate: int) -> Talk:
     """An example as ids and clips; `tokens(samples)` says how many audio tokens a clip at `rate` becomes."""
-    talk, writer = Talk([], [], [], [], [], []), TurnWriter(tokenizer)
+    talk, writer = Talk([], [], [], [], [], [], [], []), TurnWriter(tokenizer)
     sound = None
 
-    def add(ids: list[int], said: bool = False, user: bool = False) -> None:
+    def add(ids: list[int], said: bool = False, user: bool = False, audio: bool = False) -> None:
         talk.ids += ids
         talk.said += [said] * len(ids)
         talk.user += [user] * len(ids)
+        talk.sound += [audio] * len(ids)
 
     for message in messages_of(example):
         role, content = message["role"], message["content"]
@@ -113,12 +125,29 @@ def lay_out(example: Example, tokenizer: Tokenizer, tokens: Callable[[int], int]
             if part["type"] == "text":
                 writer.text(tool_results_text([part["text"]]) if role == "tool" else part["text"])
                 continue
-            sound = load_samples(example.cut, example.cut.sampling_rate) if sound is None else sound
-            talk.places.append(len(talk.ids))
-            talk.clips.append(cut_out(example, sound, int(part["supervision"]), rate))
-            add(writer.audio(tokens(len(talk.clips[-1]))), user=user)
+            spoken = example.cut.supervisions[part["supervision"]]
+            text = tokenizer.encode(spoken.text) if spoken.language else []
+            add(writer.open_audio(), user=user)
+            if example.task == "heard":
+                add(with_blanks(text, tokenizer.config.audio_token_id, spoken.id), user=user)
+            else:
+                sound = load_samples(example.cut, example.cut.sampling_rate) if sound is None else sound
+                talk.places.append(len(talk.ids))
+                talk.texts.append(text)
+                talk.clips.append(cut_out(example, sound, int(part["supervision"]), rate))
+                add([tokenizer.config.audio_token_id] * tokens(len(talk.clips[-1])), user=user, audio=True)
+            add(writer.close_audio(), user=user)
         add(writer.close(), user=user)
     return talk
+
+
+def with_blanks(ids: Sequence[int], blank: int, name: str) -> list[int]:
+    """Ids with up to `BLANKS` blanks before, between and after them, the same for the same name."""
+    draw = random.Random(name)
+    spaced = [blank] * draw.randint(0, BLANKS)
+    for i in ids:
+        spaced += [i, *[blank] * draw.randint(0, BLANKS)]
+    return spaced
 
 
 def cut_out(example: Example, sound: Samples, supervision: int, rate: int) -> Samples:

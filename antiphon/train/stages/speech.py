@@ -25,18 +25,17 @@ from torch import Tensor, nn
 from antiphon.audio import LogMel, write_audio
 from antiphon.codec import Codec
 from antiphon.errors import ConfigError
-from antiphon.files import read_metadata
 from antiphon.generate import Omni, collect
 from antiphon.speaker import SpeakerConfig, SpeakerEncoder
 from antiphon.talker import CLONED, talker_prompt
 from antiphon.train.codes import Spoken, encode, key_of, sound_of
 from antiphon.train.data import Example, pad, read_cuts
-from antiphon.train.loop import BEST, Figures, Loss
+from antiphon.train.loop import Figures, Loss
 from antiphon.train.recipe import read_fields
 from antiphon.train.stages.aut import IGNORED
 from antiphon.train.stages.codec import picture, read_codec_config
 from antiphon.train.stages.common import Setting
-from antiphon.train.stages.thinker import TalkBatch, collate_talks, embed_talks, read_talk
+from antiphon.train.stages.thinker import TalkBatch, collate_talks, embed_talks, hear_talks, read_talk
 from antiphon.train.talks import Talk
 
 SAMPLES = 4  # of each validation manifest are said as training goes on
@@ -119,9 +118,7 @@ class SpeechStage:
                 Example(c, source.task) for c in read_cuts(source.cuts, self.setting.cuts)[: self.options.validated]
             ]
         spoken = [one for e in examples for one in spoken_in(e)]
-        run = self.setting.run_of(self.setting.recipe.init["codec"])
-        cache = self.setting.runs / self.setting.recipe.name
-        self.codes = encode(self.codec, spoken, cache, read_metadata(run / BEST, "run"))
+        self.codes = encode(self.codec, spoken, self.setting.runs)
         self.by_voice: dict[str, list[Spoken]] = {}
         for one in spoken:
             self.by_voice.setdefault(voice_of(one), []).append(one)
@@ -167,9 +164,9 @@ class SpeechStage:
         accept: list[Tensor] = []
         if batch.talks is not None:
             with torch.no_grad():
-                states = self.boxes.thinker(embed_talks(self.boxes.thinker, self.boxes.aut, batch.talks, self.device))[
-                    1
-                ]
+                heard = hear_talks(self.boxes.aut, batch.talks, self.device)
+                x = embed_talks(self.boxes.thinker, self.boxes.aut, batch.talks, heard, self.device)
+                states = self.boxes.thinker(x)[1]
             accept = list(states)
         for answer, voice in zip(batch.answers, voices, strict=True):
             talk, heard = answer.talk, None

@@ -2,7 +2,7 @@
 
 Whatever the task, an example is a conversation as inference lays it out, and the loss is over what the assistant says.
 
-Shapes: B conversations, T positions, n clips, F mel bins, U width, V vocabulary.
+Shapes: B conversations, T positions, n clips, S rows of a clip, F mel bins, U width, L text tokens.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class ThinkerOptions:
 
     windows: tuple[int, ...] = (1, 2, 4, 8)
     validated: int = 200  # conversations per manifest
+    spell: float = 0.0  # weight of reading the transcript off the encoder's rows, see `spelling_loss`
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class TalkBatch:
     audio: Tensor  # [B, T] True where a row of AuT's goes
     mel: Tensor | None  # [n, frames, F] of all clips, in order
     frames: Tensor  # [n]
+    text: Tensor  # [n, L] ids of what is said in the clips
+    lengths: Tensor  # [n] of these, 0 where it is not speech
     window: int
 
 
@@ -93,18 +96,23 @@ class ThinkerStage:
 
     def embed(self, batch: TalkBatch) -> Tensor:
         """The Thinker's input [B, T, U]."""
-        return embed_talks(self.thinker, self.aut, batch, self.device)
+        return embed_talks(self.thinker, self.aut, batch, hear_talks(self.aut, batch, self.device), self.device)
 
     def loss(self, player: str, batch: TalkBatch, step: int) -> Loss:
-        """Cross-entropy over what the assistant says."""
+        """Cross-entropy over what the assistant says, and what `spelling_loss` adds to it."""
         learnt = (batch.wanted != IGNORED).to(self.device)
         wanted = batch.wanted.to(self.device)[learnt]
         with self.plan.autocast(self.device):
-            hidden, _ = self.thinker(self.embed(batch))
+            heard = hear_talks(self.aut, batch, self.device)
+            hidden, _ = self.thinker(embed_talks(self.thinker, self.aut, batch, heard, self.device))
             logits = self.thinker.logits(hidden[learnt])
         total = F.cross_entropy(logits.float(), wanted)
         right = (logits.argmax(-1) == wanted).float().mean()
-        return Loss(total, {"loss": total.detach(), "accuracy": right})
+        figures = {"loss": total.detach(), "accuracy": right}
+        if self.options.spell and heard is not None and bool(batch.lengths.any()):
+            spelling = spelling_loss(self.thinker, self.aut, heard, batch, self.config.audio_token_id)
+            total, figures["spelling"] = total + self.options.spell * spelling, spelling.detach()
+        return Loss(total, figures)
 
     def validate(self) -> Figures:
         """Share of wrong answers over all manifests, then by manifest; answers are compared as normalized text."""
@@ -163,26 +171,50 @@ def collate_talks(talks: Sequence[Talk], config: OmniConfig, log_mel: LogMel, wi
     """Conversations as tensors."""
     ids, _ = pad([torch.tensor(t.ids) for t in talks])
     said, _ = pad([torch.tensor(t.said) for t in talks])
-    user, _ = pad([torch.tensor(t.user) for t in talks])
     wanted = torch.where(said, ids, IGNORED).roll(-1, 1)
     wanted[:, -1] = IGNORED
-    audio = (ids == config.audio_token_id) & user.bool()
+    audio, _ = pad([torch.tensor(t.sound) for t in talks])
     clips = [torch.from_numpy(clip)[None] for t in talks for clip in t.clips]
     if not clips:
-        return TalkBatch(ids, wanted, audio, None, torch.zeros(0), window)
+        nothing = torch.zeros(0)
+        return TalkBatch(ids, wanted, audio, None, nothing, nothing, nothing, window)
     mel, frames = pad([log_mel(clip, final=True)[0] for clip in clips])
-    return TalkBatch(ids, wanted, audio, mel, frames, window)
+    text, lengths = pad([torch.tensor(line, dtype=torch.long) for t in talks for line in t.texts])
+    return TalkBatch(ids, wanted, audio, mel, frames, text, lengths, window)
 
 
-def embed_talks(thinker: Thinker, aut: AuT, batch: TalkBatch, device: torch.device) -> Tensor:
-    """The Thinker's input [B, T, U]: token embeddings, and AuT's where there is sound."""
+def hear_talks(aut: AuT, batch: TalkBatch, device: torch.device) -> Tensor | None:
+    """AuT's rows [n, S, U] of all clips, padded; None where there are none."""
+    return None if batch.mel is None else aut(batch.mel.to(device), window=batch.window, frames=batch.frames)
+
+
+def rows_of(aut: AuT, batch: TalkBatch) -> Tensor:
+    """How many rows [n] each clip gives."""
+    return torch.tensor([aut.config.tokens(int(n)) for n in batch.frames])
+
+
+def embed_talks(thinker: Thinker, aut: AuT, batch: TalkBatch, heard: Tensor | None, device: torch.device) -> Tensor:
+    """The Thinker's input [B, T, U]: token embeddings, and what was `heard` where there is sound."""
     x = thinker.embed(batch.ids.to(device))
-    if batch.mel is None:
+    if heard is None:
         return x
-    heard = aut(batch.mel.to(device), window=batch.window, frames=batch.frames)
-    tokens = torch.tensor([aut.config.tokens(int(n)) for n in batch.frames])
-    rows = heard[(torch.arange(heard.shape[1]) < tokens[:, None]).to(device)]
+    rows = heard[(torch.arange(heard.shape[1]) < rows_of(aut, batch)[:, None]).to(device)]
     return x.masked_scatter(batch.audio.to(device)[..., None], rows.to(x.dtype))
+
+
+def spelling_loss(thinker: Thinker, aut: AuT, heard: Tensor, batch: TalkBatch, blank: int) -> Tensor:
+    """CTC per text token of the clips that are speech, a row's scores being its likeness to the Thinker's embeddings.
+
+    So the encoder learns to give rows that read like the text, with the audio token's own embedding as the blank, and
+    the Thinker can copy and answer what it hears with what it learnt from text (the task "heard").
+    """
+    spoken = batch.lengths > 0
+    table = thinker.model.embed_tokens.weight
+    scores = F.linear(heard[spoken.to(heard.device)], table).float() * table.shape[1] ** -0.5
+    log = scores.log_softmax(-1).transpose(0, 1)
+    lengths = batch.lengths[spoken]
+    each = F.ctc_loss(log, batch.text[spoken], rows_of(aut, batch)[spoken], lengths, blank, "none", zero_infinity=True)
+    return (each / lengths.to(each.device)).mean()
 
 
 def last_answer(talk: Talk) -> int:
@@ -198,11 +230,18 @@ def answer_of(stage: ThinkerStage, talk: Talk) -> str:
 
 
 def begin_thinker(thinker: Thinker) -> None:
-    """Fresh weights: standard deviation 1/sqrt(fan-in), branches that start small."""
-    depth = len(thinker.model.layers)
+    """Fresh weights: standard deviation 1/sqrt(fan-in), branches that start small.
+
+    A token's score begins as the likeness to its embedding, so that what attention finds in the text can be said:
+    without it, a copy has to be learnt for every token of the vocabulary by itself.
+    """
+    depth, embeddings = len(thinker.model.layers), thinker.model.embed_tokens.weight
     for name, module in thinker.named_modules():
         if isinstance(module, nn.Linear):
             gain = (2 * depth) ** -0.5 if name.endswith(("o_proj", "down_proj")) else 1.0
             nn.init.normal_(module.weight, std=gain * module.in_features**-0.5)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=1.0 if not thinker.config.tie_word_embeddings else 0.06)
+    if thinker.config.tie_word_embeddings:
+        nn.init.normal_(embeddings, std=0.06)
+    else:
+        nn.init.normal_(embeddings)
+        thinker.lm_head.weight.data.copy_(embeddings * embeddings.shape[1] ** -0.5)
