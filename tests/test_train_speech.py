@@ -17,6 +17,7 @@ from antiphon.audio import from_pcm16, pcm16, read_audio, write_audio
 from antiphon.chat import TurnWriter
 from antiphon.codec import Codec
 from antiphon.config_json import parse_codec_config
+from antiphon.errors import ConfigError
 from antiphon.files import write_safetensors
 from antiphon.generate import Session, collect
 from antiphon.sampling import THINKER_CODEBOOK
@@ -265,6 +266,22 @@ def test_codes_fill_the_frames(stage):
                 assert len(codes) == -(-round(example.cut.supervisions[one[1]].duration * RATE) // FRAME)
 
 
+def test_the_encoder_learns_to_spell_while_the_thinker_lends_its_embeddings(place, tmp_path):
+    """With `answer` 0 nothing is asked of the Thinker, and the same clips are spelled better after a few steps."""
+    heard = [{"cuts": "talk.jsonl.gz", "task": "talk"}, {"cuts": "say.jsonl.gz", "task": "transcribe"}]
+    s = setting(place, "encoder", {"thinker": "thinker", "aut": "thinker"}, heard, answer=0, spell=1)
+    plan = replace(s.recipe.optimization, steps=60, lr=1e-2)
+    s = replace(s, recipe=replace(s.recipe, freeze=("thinker",), optimization=plan))
+    stage = ThinkerStage(s)
+    before = stage.loss("thinker", stage.batch(0), 0).total.item()
+    kept = {name: tensor.clone() for name, tensor in stage.thinker.state_dict().items()}
+    train(stage, s.recipe, tmp_path, quiet=True)
+    assert stage.loss("thinker", stage.batch(0), 0).total.item() < 0.9 * before
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in stage.thinker.state_dict().items())
+    with pytest.raises(ConfigError, match="both 0"):
+        ThinkerStage(setting(place, "none", {}, heard, answer=0))
+
+
 def test_stages_train_and_export_a_checkpoint_that_speaks(place, tmp_path):
     _, runs = place
     sources = [{"cuts": "talk.jsonl.gz", "task": "talk"}, {"cuts": "say.jsonl.gz", "task": "say"}]
@@ -272,7 +289,7 @@ def test_stages_train_and_export_a_checkpoint_that_speaks(place, tmp_path):
     speech = setting(place, "speech", init, sources, speaker=SPEAKER)
     train(SpeechStage(speech), speech.recipe, runs / "speech", quiet=True)
     heard = [{"cuts": "talk.jsonl.gz", "task": "talk"}, {"cuts": "say.jsonl.gz", "task": "transcribe"}]
-    thinker = setting(place, "thinker", {"thinker": "thinker", "aut": "thinker"}, heard)
+    thinker = setting(place, "thinker", {"thinker": "thinker", "aut": "thinker"}, heard, spell=0.5)
     train(ThinkerStage(thinker), thinker.recipe, runs / "again", quiet=True)
     code2wav = {f"code2wav.{n}": t for n, t in MODEL.speaking().code2wav.state_dict().items()}
     (runs / "code2wav").mkdir()

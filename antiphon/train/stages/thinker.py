@@ -22,6 +22,7 @@ from antiphon.audio import LogMel
 from antiphon.aut import AuT
 from antiphon.config import OmniConfig
 from antiphon.error_rates import normalize_text
+from antiphon.errors import ConfigError
 from antiphon.thinker import Thinker
 from antiphon.tokenizer import Tokenizer
 from antiphon.train.data import Example, batches, pad, read_cuts
@@ -40,6 +41,7 @@ class ThinkerOptions:
 
     windows: tuple[int, ...] = (1, 2, 4, 8)
     validated: int = 200  # conversations per manifest
+    answer: float = 1.0  # weight of what the assistant says; with 0 the Thinker lends its embeddings only
     spell: float = 0.0  # weight of reading the transcript off the encoder's rows, see `spelling_loss`
 
 
@@ -63,6 +65,8 @@ class ThinkerStage:
     def __init__(self, setting: Setting) -> None:
         recipe, config = setting.recipe, setting.config
         self.options = read_fields(ThinkerOptions, dict(recipe.options), f"{recipe.name}.options")
+        if not self.options.answer and not self.options.spell:
+            raise ConfigError(f"{recipe.name}.options: answer and spell are both 0; there is nothing to learn")
         self.setting, self.plan, self.device = setting, recipe.optimization, setting.device
         self.config, self.tokenizer = config, setting.tokenizer
         torch.manual_seed(recipe.seed)
@@ -100,19 +104,26 @@ class ThinkerStage:
 
     def loss(self, player: str, batch: TalkBatch, step: int) -> Loss:
         """Cross-entropy over what the assistant says, and what `spelling_loss` adds to it."""
+        figures: dict[str, Tensor] = {}
+        with self.plan.autocast(self.device):
+            heard = hear_talks(self.aut, batch, self.device)
+        total = torch.zeros((), device=self.device)
+        if self.options.answer:
+            answering, figures["accuracy"] = self.answering(batch, heard)
+            total, figures["answering"] = total + self.options.answer * answering, answering
+        if self.options.spell and heard is not None:
+            spelling = spelling_loss(self.thinker, self.aut, heard, batch, self.config.audio_token_id)
+            total, figures["spelling"] = total + self.options.spell * spelling, spelling
+        return Loss(total, {name: value.detach() for name, value in {"loss": total, **figures}.items()})
+
+    def answering(self, batch: TalkBatch, heard: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Cross-entropy over what the assistant says, and the share of its tokens that are the likeliest."""
         learnt = (batch.wanted != IGNORED).to(self.device)
         wanted = batch.wanted.to(self.device)[learnt]
         with self.plan.autocast(self.device):
-            heard = hear_talks(self.aut, batch, self.device)
             hidden, _ = self.thinker(embed_talks(self.thinker, self.aut, batch, heard, self.device))
             logits = self.thinker.logits(hidden[learnt])
-        total = F.cross_entropy(logits.float(), wanted)
-        right = (logits.argmax(-1) == wanted).float().mean()
-        figures = {"loss": total.detach(), "accuracy": right}
-        if self.options.spell and heard is not None and bool(batch.lengths.any()):
-            spelling = spelling_loss(self.thinker, self.aut, heard, batch, self.config.audio_token_id)
-            total, figures["spelling"] = total + self.options.spell * spelling, spelling.detach()
-        return Loss(total, figures)
+        return F.cross_entropy(logits.float(), wanted), (logits.argmax(-1) == wanted).float().mean()
 
     def validate(self) -> Figures:
         """Share of wrong answers over all manifests, then by manifest; answers are compared as normalized text."""
@@ -209,6 +220,8 @@ def spelling_loss(thinker: Thinker, aut: AuT, heard: Tensor, batch: TalkBatch, b
     the Thinker can copy and answer what it hears with what it learnt from text (the task "heard").
     """
     spoken = batch.lengths > 0
+    if not spoken.any():
+        return heard.sum() * 0
     table = thinker.model.embed_tokens.weight
     scores = F.linear(heard[spoken.to(heard.device)], table).float() * table.shape[1] ** -0.5
     log = scores.log_softmax(-1).transpose(0, 1)
