@@ -72,6 +72,7 @@ class SoundOptions:
     commit: float = 0.25
     outline: float = 1.0
     semantic: float = 1.0
+    taught: float = 1.0
     quantize: float = 0.2  # share of the steps before codes are used
     judging: Judging = field(default_factory=Judging)
     validated: int = 80  # clips
@@ -269,11 +270,7 @@ class CodecStage(SoundStage):
 
     def sound(self, latents: Tensor) -> Tensor:
         """Wave [R, N] of quantized latents [R, T, W]."""
-        x, tails = self.code2wav.pre_transformer(latents, None).transpose(1, 2), tails_of(None)
-        for layers in self.code2wav.upsample:
-            assert isinstance(layers, nn.ModuleList)
-            x = run_convolutions(layers, x, tails, SnakeBeta)
-        return self.head(x.transpose(1, 2))
+        return self.head(upsampled(self.code2wav, latents))
 
     def encode(self, wave: Tensor) -> Tensor:
         """Codes, also while the quantizer is off: nothing is good before codes carry it."""
@@ -285,23 +282,39 @@ class CodecStage(SoundStage):
 
 
 class Code2WavStage(SoundStage):
-    """Code2Wav on the codes of a trained codec."""
+    """Code2Wav on the codes of a trained codec.
+
+    With the `head` that the codec was heard through, and what comes before it begun from the same run and frozen, both
+    decoders read the same steps, and the head's wave is a function of them to the sample: it teaches the convolutions
+    phases as well, which no spectral distance tells and a recording's codes do not hold.
+    """
 
     def __init__(self, setting: Setting) -> None:
-        recipe = setting.recipe
+        recipe, decoder = setting.recipe, code2wav_config(setting)
         if "codec" not in recipe.init:
             raise ConfigError(f"{recipe.name}: init names no codec; give the run whose codes Code2Wav is to speak")
         torch.manual_seed(recipe.seed)
-        self.codec, self.code2wav = Codec(read_codec_config(setting)), Code2Wav(code2wav_config(setting))
+        self.codec, self.code2wav = Codec(read_codec_config(setting)), Code2Wav(decoder)
+        self.head = SpectrumHead(decoder) if "head" in recipe.init else None
         begin(self.code2wav)
-        super().__init__(setting, {"codec": self.codec, "code2wav": self.code2wav}, ["code2wav"])
+        modules: dict[str, nn.Module] = {"codec": self.codec, "code2wav": self.code2wav}
+        super().__init__(setting, modules | ({"head": self.head} if self.head else {}), ["code2wav"])
         self.codec.requires_grad_(False)
+        if self.head is not None:
+            self.modules.pop("head").requires_grad_(False)
         if not {"code2wav", "code2wav.code_embedding"} & set(recipe.init):
             embed_codebooks(self.code2wav, self.codec)
 
     def make(self, wave: Tensor, step: int) -> Made:
         """Codes to sound."""
-        return Made(self.code2wav(self.encode(wave)), wave.new_zeros(()))
+        codes = self.encode(wave)
+        made = self.code2wav(codes)
+        if self.head is None:
+            return Made(made, wave.new_zeros(()))
+        with torch.no_grad():
+            wanted = self.head(upsampled(self.code2wav, self.codec.quantizer.decode(codes)))
+        taught = (made - wanted).float().square().sum().sqrt() / (wanted.float().norm() + FLOOR)
+        return Made(made, self.options.taught * taught, {"taught": taught})
 
     def encode(self, wave: Tensor) -> Tensor:
         """The codes that the Talker is trained on."""
@@ -366,6 +379,15 @@ class Outline(nn.Module):
     def forward(self, latents: Tensor, wave: Tensor) -> Tensor:
         """Mean distance of what latents [R, T, W] say from the log-mel of wave [R, N]."""
         return (self.map(latents).float() - self.wanted(wave)).abs().mean()
+
+
+def upsampled(code2wav: Code2Wav, latents: Tensor) -> Tensor:
+    """What Code2Wav makes of latents [R, T, W] before its decoder: steps [R, T * upsampling, W]."""
+    x, tails = code2wav.pre_transformer(latents, None).transpose(1, 2), tails_of(None)
+    for layers in code2wav.upsample:
+        assert isinstance(layers, nn.ModuleList)
+        x = run_convolutions(layers, x, tails, SnakeBeta)
+    return x.transpose(1, 2)
 
 
 def settle(codec: Codec, wave: Tensor) -> None:

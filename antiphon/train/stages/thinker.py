@@ -25,6 +25,7 @@ from antiphon.error_rates import normalize_text
 from antiphon.errors import ConfigError
 from antiphon.thinker import Thinker
 from antiphon.tokenizer import Tokenizer
+from antiphon.train.copying import begin_copying
 from antiphon.train.data import Example, batches, pad, read_cuts
 from antiphon.train.loop import Figures, Loss
 from antiphon.train.recipe import Source, read_fields
@@ -75,6 +76,8 @@ class ThinkerStage:
         begin(self.aut, 3.0)
         begin_thinker(self.thinker)
         self.modules = setting.prepare(nn.ModuleDict({"thinker": self.thinker, "aut": self.aut}))
+        if not self.aut.proj2.bias.any():  # never attached: its rows begin with what all embeddings have in common
+            self.aut.proj2.bias.data.copy_(self.thinker.model.embed_tokens.weight.mean(0))
         self.log_mel = LogMel(config.audio.mel)
         self.mix = setting.mix()
 
@@ -243,18 +246,12 @@ def answer_of(stage: ThinkerStage, talk: Talk) -> str:
 
 
 def begin_thinker(thinker: Thinker) -> None:
-    """Fresh weights: standard deviation 1/sqrt(fan-in), branches that start small.
-
-    A token's score begins as the likeness to its embedding, so that what attention finds in the text can be said:
-    without it, a copy has to be learnt for every token of the vocabulary by itself.
-    """
-    depth, embeddings = len(thinker.model.layers), thinker.model.embed_tokens.weight
+    """Fresh weights: standard deviation 1/sqrt(fan-in), branches that start small, and heads that can copy."""
+    depth = len(thinker.model.layers)
     for name, module in thinker.named_modules():
         if isinstance(module, nn.Linear):
             gain = (2 * depth) ** -0.5 if name.endswith(("o_proj", "down_proj")) else 1.0
             nn.init.normal_(module.weight, std=gain * module.in_features**-0.5)
-    if thinker.config.tie_word_embeddings:
-        nn.init.normal_(embeddings, std=0.06)
-    else:
-        nn.init.normal_(embeddings)
-        thinker.lm_head.weight.data.copy_(embeddings * embeddings.shape[1] ** -0.5)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=1.0 if not thinker.config.tie_word_embeddings else 0.06)
+    begin_copying(thinker)

@@ -1,0 +1,51 @@
+"""A fresh Thinker finds what followed the same token before."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from antiphon.config import DecoderConfig
+from antiphon.config_json import parse_config
+from antiphon.thinker import Thinker
+from antiphon.train.copying import begin_copying
+from antiphon.train.stages.thinker import begin_thinker
+from tests.models import IDS, config_json
+
+
+def sizes(**changes: Any) -> DecoderConfig:
+    """About those of tiny's Thinker."""
+    own = {"vocab_size": 3200, "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    own |= {"num_hidden_layers": 3, "mlp_only_layers": (0, 1, 2), "intermediate_size": 384, "rope_theta": 1e6}
+    return replace(parse_config(config_json(IDS)).text, **{**own, **changes})
+
+
+def found(thinker: Thinker) -> float:
+    """How often, in twelve tokens said again, the next scores highest of them, the one just said left out."""
+    generator, hits = torch.Generator().manual_seed(1), []
+    for _ in range(20):
+        tokens = (torch.randperm(3000, generator=generator)[:12] + 100).tolist()
+        scores = thinker.logits(thinker(thinker.embed(torch.tensor([tokens * 2])))[0])[0]
+        for i, token in enumerate(tokens[:-1]):
+            others = [t for t in tokens if t != token]
+            hits.append(others[int(scores[len(tokens) + i, others].argmax())] == tokens[i + 1])
+    return sum(hits) / len(hits)
+
+
+@torch.inference_mode()
+def test_a_fresh_thinker_finds_what_comes_next():
+    torch.manual_seed(2)
+    thinker = Thinker(sizes(), None)
+    begin_thinker(thinker)
+    assert found(thinker) > 0.6  # by chance it is one in eleven
+    thinker.get_parameter("model.layers.1.self_attn.q_norm.weight").fill_(0)  # now it looks for nothing
+    assert found(thinker) < 0.3
+
+
+@torch.inference_mode()
+def test_what_is_too_small_to_copy_begins_as_usual():
+    for changes in ({"num_hidden_layers": 1}, {"hidden_size": 128}, {"head_dim": 4, "rope_theta": 1e6}):
+        thinker = Thinker(sizes(**changes), None)
+        assert not begin_copying(thinker)
+        begin_thinker(thinker)
+        assert thinker(thinker.embed(torch.tensor([[1, 2, 3]])))[0].isfinite().all()
