@@ -258,6 +258,19 @@ def _ask(session: Session, talk: Any) -> None:
         session.append_message({"role": message["role"], "content": content})
 
 
+def test_the_talker_learns_to_spell_what_it_has_said(place, tmp_path):
+    """The text is read off the Talker's states better after a few steps, and the head for it is not exported."""
+    init = {"thinker": "thinker", "aut": "thinker", "codec": "codec"}
+    sources = [{"cuts": "talk.jsonl.gz", "task": "talk"}, {"cuts": "say.jsonl.gz", "task": "say"}]
+    s = setting(place, "spelled", init, sources, speaker=SPEAKER, spell=1)
+    s = replace(s, recipe=replace(s.recipe, optimization=replace(s.recipe.optimization, steps=40, lr=1e-2)))
+    stage = SpeechStage(s)
+    batch = stage.batch(0)
+    before = stage.loss("speech", batch, 0).figures["spelling"].item()
+    train(stage, s.recipe, tmp_path, quiet=True)
+    assert stage.loss("speech", batch, 0).figures["spelling"].item() < 0.8 * before
+
+
 def test_codes_fill_the_frames(stage):
     for task in ("talk", "say"):
         for example in examples(stage, task):
@@ -286,7 +299,7 @@ def test_stages_train_and_export_a_checkpoint_that_speaks(place, tmp_path):
     _, runs = place
     sources = [{"cuts": "talk.jsonl.gz", "task": "talk"}, {"cuts": "say.jsonl.gz", "task": "say"}]
     init = {"thinker": "thinker", "aut": "thinker", "codec": "codec"}
-    speech = setting(place, "speech", init, sources, speaker=SPEAKER)
+    speech = setting(place, "speech", init, sources, speaker=SPEAKER, spell=0.3)
     train(SpeechStage(speech), speech.recipe, runs / "speech", quiet=True)
     heard = [{"cuts": "talk.jsonl.gz", "task": "talk"}, {"cuts": "say.jsonl.gz", "task": "transcribe"}]
     thinker = setting(place, "thinker", {"thinker": "thinker", "aut": "thinker"}, heard, spell=0.5)

@@ -4,6 +4,10 @@ Two kinds of examples: a sentence that is spoken on its own (task "say"), and th
 "talk"), with the user's turns before them as in inference. The voice is a vector that the speaker encoder makes of
 another recording of the same speaker; at export the preset voices' vectors become rows of the embedding.
 
+With `spell` a CTC head, which is not kept, reads the answer's text off the states halfway up the Talker: to know what
+has been said is what it takes to find in the text what comes next, and codes alone teach it late, after the sentences
+of the corpus have been learnt by heart.
+
 Alignment: position 9 + t - 1 of the answer predicts code 0 of frame t and is what MTP starts from; frame t's codes are
 fed at position 9 + t. Nothing is shifted anywhere else.
 
@@ -48,6 +52,7 @@ class SpeechOptions:
     speaker: dict[str, Any]  # sizes of the speaker encoder
     mtp_share: float = 0.25  # of the frames that MTP is trained on in a step
     mtp_weight: float = 1.0  # of the mean over the residual codebooks
+    spell: float = 0.0  # weight of reading off the Talker's states what has been said so far
     reference: float = 3.0  # seconds of another recording that the voice is taken from
     validated: int = 64  # answers per manifest
 
@@ -97,6 +102,8 @@ class SpeechStage:
         if self.sounds:
             begun["code2wav"] = speech.code2wav
         trained = {"talker": speech.talker, "mtp": speech.mtp, "speaker": self.speaker}
+        if self.options.spell:
+            trained["spelling"] = nn.Linear(config.talker.text.hidden_size, config.text.vocab_size + 1)  # and a blank
         if missing := sorted(set(begun) - set(recipe.init)):
             raise ConfigError(
                 f"{recipe.name}: init names no {', '.join(missing)}; speech needs the runs they come from"
@@ -125,7 +132,7 @@ class SpeechStage:
 
     def players(self) -> dict[str, list[str]]:
         """One player."""
-        return {"speech": ["talker", "mtp", "speaker"]}
+        return {"speech": list(self.modules)}
 
     def batch(self, step: int) -> SpeechBatch:
         """Answers of one step."""
@@ -181,23 +188,28 @@ class SpeechStage:
             frames = self.boxes.speaking().frame_embedding(answer.codes.to(self.device))
             yield torch.cat([x[: -len(frames)], x[-len(frames) :] + frames])
 
-    def scores(self, batch: SpeechBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Talker's states [n, W] before every frame and the end, and codes [n, Q] that follow; -1 for the end."""
+    def scores(self, batch: SpeechBatch) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Talker's states [n, W] before every frame and the end, and codes [n, Q] that follow, -1 for the end.
+
+        Also the states [T, W] halfway up at the frames of each answer.
+        """
         inputs = list(self.inputs(batch))
         x, _ = pad(inputs)
-        hidden = self.boxes.speaking().talker(x)
-        states, codes = [], []
-        for row, own, answer in zip(hidden, inputs, batch.answers, strict=True):
+        talker = self.boxes.speaking().talker.model
+        hidden, halfway = talker(x, tap=len(talker.layers) // 2)
+        states, codes, heard = [], [], []
+        for row, half, own, answer in zip(hidden, halfway, inputs, batch.answers, strict=True):
             frames = len(answer.codes)
             states.append(row[len(own) - frames - 1 : len(own)])
+            heard.append(half[len(own) - frames : len(own)])
             codes.append(F.pad(answer.codes, (0, 0, 0, 1), value=-1))
-        return torch.cat(states), torch.cat(codes).to(self.device), x
+        return torch.cat(states), torch.cat(codes).to(self.device), heard
 
     def loss(self, player: str, batch: SpeechBatch, step: int) -> Loss:
         """Cross-entropy of codebook 0 and the end over all frames, and of the other codebooks over a share of them."""
         speech = self.boxes.speaking()
         with self.plan.autocast(self.device):
-            states, codes, _ = self.scores(batch)
+            states, codes, heard = self.scores(batch)
             first = speech.talker.codec_head(states)
         wanted = torch.where(codes[:, 0] < 0, self.talker_config.codec_eos_token_id, codes[:, 0])
         main = F.cross_entropy(first.float(), wanted)
@@ -213,7 +225,19 @@ class SpeechStage:
         total = main + self.options.mtp_weight * residual
         right = (first.argmax(-1) == wanted).float().mean()
         figures = {"loss": total, "code0": main, "residual": residual, "accuracy": right}
+        if self.options.spell:
+            figures["spelling"] = self.spelling(batch, heard)
+            total = total + self.options.spell * figures["spelling"]
         return Loss(total, {k: v.detach() for k, v in figures.items()})
+
+    def spelling(self, batch: SpeechBatch, heard: list[Tensor]) -> Tensor:
+        """CTC per text token, over states [T, W] of each answer."""
+        states, _ = pad(heard)
+        log = self.modules["spelling"](states).float().log_softmax(-1).transpose(0, 1)
+        text, lengths = pad([torch.tensor(a.text) for a in batch.answers])
+        frames = torch.tensor([len(h) for h in heard])
+        each = F.ctc_loss(log, text, frames, lengths, log.shape[-1] - 1, "none", zero_infinity=True)
+        return (each / lengths.to(each.device)).mean()
 
     def validate(self) -> Figures:
         """Mean losses over the validation manifests."""
