@@ -1,8 +1,9 @@
-"""A fresh Thinker finds what followed the same token before."""
+"""A fresh Thinker finds what followed the same token before, past blanks as well."""
 
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 
 from antiphon.config import DecoderConfig
@@ -12,6 +13,8 @@ from antiphon.train.copying import begin_copying
 from antiphon.train.stages.thinker import begin_thinker
 from tests.models import IDS, config_json
 
+BLANK = 7
+
 
 def sizes(**changes: Any) -> DecoderConfig:
     """About those of tiny's Thinker."""
@@ -20,32 +23,37 @@ def sizes(**changes: Any) -> DecoderConfig:
     return replace(parse_config(config_json(IDS)).text, **{**own, **changes})
 
 
-def found(thinker: Thinker) -> float:
-    """How often, in twelve tokens said again, the next scores highest of them, the one just said left out."""
+def found(thinker: Thinker, blanks: int) -> float:
+    """How often, in twelve tokens said again, the next scores highest of them, the one just said left out.
+
+    Up to so many blanks stand after each when they are said first.
+    """
     generator, hits = torch.Generator().manual_seed(1), []
     for _ in range(20):
         tokens = (torch.randperm(3000, generator=generator)[:12] + 100).tolist()
-        scores = thinker.logits(thinker(thinker.embed(torch.tensor([tokens * 2])))[0])[0]
+        heard = [i for t in tokens for i in [t, *[BLANK] * int(torch.randint(blanks + 1, (), generator=generator))]]
+        scores = thinker.logits(thinker(thinker.embed(torch.tensor([heard + tokens])))[0])[0]
         for i, token in enumerate(tokens[:-1]):
             others = [t for t in tokens if t != token]
-            hits.append(others[int(scores[len(tokens) + i, others].argmax())] == tokens[i + 1])
+            hits.append(others[int(scores[len(heard) + i, others].argmax())] == tokens[i + 1])
     return sum(hits) / len(hits)
 
 
+@pytest.mark.parametrize("blanks", [0, 1, 3])
 @torch.inference_mode()
-def test_a_fresh_thinker_finds_what_comes_next():
+def test_a_fresh_thinker_finds_what_comes_next(blanks):
     torch.manual_seed(2)
     thinker = Thinker(sizes(), None)
-    begin_thinker(thinker)
-    assert found(thinker) > 0.6  # by chance it is one in eleven
+    begin_thinker(thinker, BLANK)
+    assert found(thinker, blanks) > 0.6  # by chance it is one in eleven
     thinker.get_parameter("model.layers.1.self_attn.q_norm.weight").fill_(0)  # now it looks for nothing
-    assert found(thinker) < 0.3
+    assert found(thinker, blanks) < 0.35
 
 
 @torch.inference_mode()
 def test_what_is_too_small_to_copy_begins_as_usual():
-    for changes in ({"num_hidden_layers": 1}, {"hidden_size": 128}, {"head_dim": 4, "rope_theta": 1e6}):
+    for changes in ({"num_hidden_layers": 1}, {"hidden_size": 128}):
         thinker = Thinker(sizes(**changes), None)
-        assert not begin_copying(thinker)
-        begin_thinker(thinker)
+        assert not begin_copying(thinker, BLANK)
+        begin_thinker(thinker, BLANK)
         assert thinker(thinker.embed(torch.tensor([[1, 2, 3]])))[0].isfinite().all()

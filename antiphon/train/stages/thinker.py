@@ -74,7 +74,7 @@ class ThinkerStage:
         self.thinker = Thinker(config.text, config.talker.accept_hidden_layer if config.talker else None)
         self.aut = AuT(config.audio)
         begin(self.aut, 3.0)
-        begin_thinker(self.thinker)
+        begin_thinker(self.thinker, config.audio_token_id)
         self.modules = setting.prepare(nn.ModuleDict({"thinker": self.thinker, "aut": self.aut}))
         if not self.aut.proj2.bias.any():  # never attached: its rows begin with what all embeddings have in common
             self.aut.proj2.bias.data.copy_(self.thinker.model.embed_tokens.weight.mean(0))
@@ -245,7 +245,7 @@ def answer_of(stage: ThinkerStage, talk: Talk) -> str:
     return stage.tokenizer.decode(i for i, said in zip(talk.ids[start:], talk.said[start:], strict=True) if said)
 
 
-def begin_thinker(thinker: Thinker) -> None:
+def begin_thinker(thinker: Thinker, blank: int) -> None:
     """Fresh weights: standard deviation 1/sqrt(fan-in), branches that start small, and heads that can copy."""
     depth = len(thinker.model.layers)
     for name, module in thinker.named_modules():
@@ -254,4 +254,4 @@ def begin_thinker(thinker: Thinker) -> None:
             nn.init.normal_(module.weight, std=gain * module.in_features**-0.5)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=1.0 if not thinker.config.tie_word_embeddings else 0.06)
-    begin_copying(thinker)
+    begin_copying(thinker, blank)
