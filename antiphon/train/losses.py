@@ -4,7 +4,9 @@ Magnitudes are those of sinusoids (a window sums to one), so `FLOOR` lies 100 dB
 16-bit sound. It is added and never clamped at: below a clamp there is no gradient, and a decoder that begins in silence
 stays there.
 
-Shapes: R rows, N samples, T frames of a window, B its bins, F mel bins.
+And how far steps are from spelling a text: CTC.
+
+Shapes: R rows, N samples, T frames of a window, B its bins, F mel bins; for CTC B clips, S steps, V classes, L tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from antiphon.audio import mel_filters
@@ -82,3 +85,13 @@ class SpectralDistance(nn.Module):
 def _norm(x: Tensor) -> Tensor:
     """Frobenius norm with a gradient at zero."""
     return (x.square().sum() + ROUND).sqrt() - math.sqrt(ROUND)
+
+
+def ctc_per_token(scores: Tensor, text: Tensor, heard: Tensor, lengths: Tensor, blank: int) -> Tensor:
+    """CTC [B] per text token: scores [B, S, V] of which `heard` [B] steps count, ids [B, L] of which `lengths` [B] do.
+
+    Zero where the steps are too few for the text.
+    """
+    log = scores.float().log_softmax(-1).transpose(0, 1)
+    each = F.ctc_loss(log, text, heard.cpu(), lengths, blank, "none", zero_infinity=True)
+    return each / lengths.to(each.device)

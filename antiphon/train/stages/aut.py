@@ -25,6 +25,7 @@ from antiphon.error_rates import error_rates
 from antiphon.tokenizer import Tokenizer
 from antiphon.train.data import Example, batches, listened, pad, read_cuts
 from antiphon.train.loop import Figures, Loss
+from antiphon.train.losses import ctc_per_token
 from antiphon.train.recipe import read_fields
 from antiphon.train.stages.common import Setting, manifests
 from antiphon.train.text import read_transcript, transcript
@@ -130,10 +131,8 @@ class AuTStage:
 
     def _ctc(self, scores: Tensor, heard: Tensor, batch: AuTBatch) -> tuple[Tensor, Tensor]:
         """CTC loss per text token, and the share of clips too short for their text."""
-        blank = scores.shape[-1] - 1
-        log = scores.float().log_softmax(-1).transpose(0, 1)
-        each = F.ctc_loss(log, batch.text, heard.sum(1).cpu(), batch.lengths, blank, "none", zero_infinity=True)
-        return (each / batch.lengths.to(each.device)).mean(), (each == 0).float().mean()
+        each = ctc_per_token(scores, batch.text, heard.sum(1), batch.lengths, scores.shape[-1] - 1)
+        return each.mean(), (each == 0).float().mean()
 
     def validate(self) -> Figures:
         """Error rate over all languages and the share of languages named, then the rate of each manifest."""

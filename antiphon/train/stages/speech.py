@@ -35,6 +35,7 @@ from antiphon.talker import CLONED, talker_prompt
 from antiphon.train.codes import Spoken, encode, key_of, sound_of
 from antiphon.train.data import Example, pad, read_cuts
 from antiphon.train.loop import Figures, Loss
+from antiphon.train.losses import ctc_per_token
 from antiphon.train.recipe import read_fields
 from antiphon.train.stages.aut import IGNORED
 from antiphon.train.stages.codec import picture, read_codec_config
@@ -233,11 +234,10 @@ class SpeechStage:
     def spelling(self, batch: SpeechBatch, heard: list[Tensor]) -> Tensor:
         """CTC per text token, over states [T, W] of each answer."""
         states, _ = pad(heard)
-        log = self.modules["spelling"](states).float().log_softmax(-1).transpose(0, 1)
+        scores = self.modules["spelling"](states)
         text, lengths = pad([torch.tensor(a.text) for a in batch.answers])
         frames = torch.tensor([len(h) for h in heard])
-        each = F.ctc_loss(log, text, frames, lengths, log.shape[-1] - 1, "none", zero_infinity=True)
-        return (each / lengths.to(each.device)).mean()
+        return ctc_per_token(scores, text, frames, lengths, scores.shape[-1] - 1).mean()
 
     def validate(self) -> Figures:
         """Mean losses over the validation manifests."""

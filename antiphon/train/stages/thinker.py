@@ -28,6 +28,7 @@ from antiphon.tokenizer import Tokenizer
 from antiphon.train.copying import begin_copying
 from antiphon.train.data import Example, batches, pad, read_cuts
 from antiphon.train.loop import Figures, Loss
+from antiphon.train.losses import ctc_per_token
 from antiphon.train.recipe import Source, read_fields
 from antiphon.train.stages.aut import IGNORED, begin
 from antiphon.train.stages.common import Setting
@@ -226,11 +227,9 @@ def spelling_loss(thinker: Thinker, aut: AuT, heard: Tensor, batch: TalkBatch, b
     if not spoken.any():
         return heard.sum() * 0
     table = thinker.model.embed_tokens.weight
-    scores = F.linear(heard[spoken.to(heard.device)], table).float() * table.shape[1] ** -0.5
-    log = scores.log_softmax(-1).transpose(0, 1)
-    lengths = batch.lengths[spoken]
-    each = F.ctc_loss(log, batch.text[spoken], rows_of(aut, batch)[spoken], lengths, blank, "none", zero_infinity=True)
-    return (each / lengths.to(each.device)).mean()
+    scores = F.linear(heard[spoken.to(heard.device)], table) * table.shape[1] ** -0.5
+    rows = rows_of(aut, batch)[spoken]
+    return ctc_per_token(scores, batch.text[spoken], rows, batch.lengths[spoken], blank).mean()
 
 
 def last_answer(talk: Talk) -> int:
