@@ -11,10 +11,12 @@ perfectly, its text token by token with blanks between. So the Thinker learns to
 
 from __future__ import annotations
 
-import random
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from antiphon.audio import Samples
 from antiphon.chat import TurnWriter, tool_results_text
@@ -143,10 +145,11 @@ def lay_out(example: Example, tokenizer: Tokenizer, tokens: Callable[[int], int]
 
 def with_blanks(ids: Sequence[int], blank: int, name: str) -> list[int]:
     """Ids with up to `BLANKS` blanks before, between and after them, the same for the same name."""
-    draw = random.Random(name)
-    spaced = [blank] * draw.randint(0, BLANKS)
-    for i in ids:
-        spaced += [i, *[blank] * draw.randint(0, BLANKS)]
+    draw = np.random.Generator(np.random.Philox(zlib.crc32(name.encode())))
+    first, *counts = draw.integers(BLANKS + 1, size=len(ids) + 1).tolist()
+    spaced = [blank] * first
+    for i, count in zip(ids, counts, strict=True):
+        spaced += [i, *[blank] * count]
     return spaced
 
 
