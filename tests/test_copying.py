@@ -5,11 +5,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from antiphon.binding import bound
 from antiphon.config import DecoderConfig
 from antiphon.config_json import parse_config
+from antiphon.layers import run_layers
+from antiphon.mtp import MTP
+from antiphon.talker import Talker
 from antiphon.thinker import Thinker
-from antiphon.train.copying import begin_copying
+from antiphon.train.copying import begin_copying, begin_following
+from antiphon.train.stages.speech import begin_speech
 from antiphon.train.stages.thinker import begin_thinker
 from tests.models import IDS, config_json
 
@@ -57,3 +63,35 @@ def test_what_is_too_small_to_copy_begins_as_usual():
         assert not begin_copying(thinker, BLANK)
         begin_thinker(thinker, BLANK)
         assert thinker(thinker.embed(torch.tensor([[1, 2, 3]])))[0].isfinite().all()
+
+
+def talker(**changes: Any) -> tuple[Talker, MTP]:
+    """About tiny's."""
+    config = parse_config(config_json(IDS)).talker
+    assert config is not None
+    text = sizes(num_hidden_layers=6, mlp_only_layers=tuple(range(6)), **changes)
+    mtp = replace(config.mtp, hidden_size=text.hidden_size)
+    return Talker(replace(config, text=text, thinker_hidden_size=256, mtp=mtp)), MTP(mtp, config.num_code_groups)
+
+
+@torch.inference_mode()
+def test_a_fresh_talker_finds_what_follows_the_token_said_last():
+    """Whoever writes a token along the second rows reads the one that follows it in the text, two layers further."""
+    torch.manual_seed(3)
+    box, mtp = talker()
+    begin_speech(nn.ModuleList([box, mtp]))
+    table = torch.randn(3200, 256)
+    found = begin_following(box, mtp, table)
+    assert found is not None
+    seen, said = found
+    text = box.text_projection(table)
+    hits = []
+    for _ in range(20):
+        tokens = torch.randperm(3000)[:12]
+        x = box.text_projection(table[tokens]).repeat(2, 1)
+        x[12:] = text.mean(0) + text[tokens] @ seen.T @ said  # in no particular place, and no text of their own
+        after = run_layers(map(bound, box.model.layers[:2]), x[None], None, 64, 1e6)[0][0]
+        scores = (after[12:] - x[12:]) @ said.T @ seen @ (text[tokens] - text.mean(0)).T
+        hits += [int(row[[j for j in range(12) if j != i]].argmax()) == i for i, row in enumerate(scores[:-1])]
+    assert sum(hits) / len(hits) > 0.6
+    assert begin_following(*talker(hidden_size=128), table[:, :128]) is None

@@ -25,6 +25,7 @@ from antiphon.speaker import load_speaker
 from antiphon.train.codes import key_of
 from antiphon.train.data import load_samples, read_cuts
 from antiphon.train.export import export
+from antiphon.train.following import first_rows, places, row_scores, text_of
 from antiphon.train.loop import BEST, train
 from antiphon.train.recipe import Recipe, read_fields
 from antiphon.train.stages.codec import CODEC_SIZES
@@ -258,17 +259,44 @@ def _ask(session: Session, talk: Any) -> None:
         session.append_message({"role": message["role"], "content": content})
 
 
-def test_the_talker_learns_to_spell_what_it_has_said(place, tmp_path):
-    """The text is read off the Talker's states better after a few steps, and the head for it is not exported."""
+def test_the_talker_learns_which_token_it_said_last(place, tmp_path):
+    """It is read off the Talker's states better after a few steps; answers that are not looked up change nothing."""
     init = {"thinker": "thinker", "aut": "thinker", "codec": "codec"}
     sources = [{"cuts": "talk.jsonl.gz", "task": "talk"}, {"cuts": "say.jsonl.gz", "task": "say"}]
-    s = setting(place, "spelled", init, sources, speaker=SPEAKER, spell=1)
+    s = setting(place, "followed", init, sources, speaker=SPEAKER, follow=1)
     s = replace(s, recipe=replace(s.recipe, optimization=replace(s.recipe.optimization, steps=40, lr=1e-2)))
     stage = SpeechStage(s)
     batch = stage.batch(0)
-    before = stage.loss("speech", batch, 0).figures["spelling"].item()
+    assert all(a.places is not None and len(a.places) == len(a.codes) for a in batch.answers)
+    before = stage.loss("speech", batch, 0)
+    assert before.total.item() == pytest.approx(sum(before.figures[n].item() for n in ("loss", "following")), rel=1e-5)
     train(stage, s.recipe, tmp_path, quiet=True)
-    assert stage.loss("speech", batch, 0).figures["spelling"].item() < 0.8 * before
+    assert stage.loss("speech", batch, 0).figures["following"] < 0.85 * before.figures["following"]
+    unknown = replace(batch, answers=[replace(a, places=None) for a in batch.answers])
+    assert stage.loss("speech", unknown, 0).figures["following"] == 0
+
+
+def test_places_are_where_an_encoder_reads_the_tokens(stage):
+    """Rows that read like the text, two for each token and a blank between, say each token when they come to it."""
+    blank = MODEL.config.audio_token_id
+    ids = MODEL.tokenizer.encode("to the tree")
+    ids += ids[-1:]  # once more: only a blank parts it from the one before
+    rows = [i for token in ids for i in (blank, token, token)]
+    table = torch.randn(VOCAB, 64, generator=torch.Generator().manual_seed(1))
+    scores = row_scores(table[rows], table, [*ids, blank])
+    assert first_rows(scores.numpy(), ids).tolist() == [3 * i + 1 for i in range(len(ids))]
+    assert first_rows(scores.numpy()[: len(ids) - 2], ids).tolist() == [
+        i * (len(ids) - 2) // len(ids) for i in range(len(ids))
+    ]
+    (example,) = examples(stage, "talk")
+    spoken = spoken_in(example)
+    assert [text_of(one) for one in spoken] == ["one two three", "hello there"]
+    found = places(MODEL.aut, MODEL.thinker, MODEL.tokenizer, stage.codes, 0.08, spoken, stage.setting.runs, quiet=True)
+    for one in spoken:
+        place, text = found[key_of(one)], MODEL.tokenizer.encode(text_of(one))
+        assert len(place) == len(stage.codes[key_of(one)])
+        assert place.diff().min() >= 0
+        assert 0 <= place[0] <= place[-1] <= len(text)
 
 
 def test_codes_fill_the_frames(stage):
@@ -299,7 +327,7 @@ def test_stages_train_and_export_a_checkpoint_that_speaks(place, tmp_path):
     _, runs = place
     sources = [{"cuts": "talk.jsonl.gz", "task": "talk"}, {"cuts": "say.jsonl.gz", "task": "say"}]
     init = {"thinker": "thinker", "aut": "thinker", "codec": "codec"}
-    speech = setting(place, "speech", init, sources, speaker=SPEAKER, spell=0.3)
+    speech = setting(place, "speech", init, sources, speaker=SPEAKER, follow=0.3)
     train(SpeechStage(speech), speech.recipe, runs / "speech", quiet=True)
     heard = [{"cuts": "talk.jsonl.gz", "task": "talk"}, {"cuts": "say.jsonl.gz", "task": "transcribe"}]
     thinker = setting(place, "thinker", {"thinker": "thinker", "aut": "thinker"}, heard, spell=0.5)

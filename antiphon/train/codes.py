@@ -6,12 +6,12 @@ Shapes: N samples, T frames, Q codebooks.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 
 from antiphon.audio import Samples
 from antiphon.codec import Codec
@@ -20,6 +20,7 @@ from antiphon.train.data import Example, load_samples
 from antiphon.train.talks import cut_out
 
 KEPT_EVERY = 4000  # clips: what a kill costs
+TOGETHER = 16  # clips
 Spoken = tuple[Example, int]  # a cut and which of its supervisions is spoken
 
 
@@ -35,23 +36,37 @@ def encode(codec: Codec, spoken: Sequence[Spoken], cache: Path, *, quiet: bool =
     Raises:
         AudioError: a cut that cannot be read.
     """
-    path = cache / f"codes-{fingerprint(codec)}.safetensors"
+
+    def make(some: Sequence[Spoken]) -> list[Tensor]:
+        sounds = [torch.from_numpy(sound_of(one, codec.config.sampling_rate)) for one in some]
+        return [codec.encode(sound[None])[0] for sound in sounds]
+
+    return keep(cache / f"codes-{fingerprint(codec)}.safetensors", spoken, make, "codes of the corpus", quiet)
+
+
+def keep(
+    path: Path, spoken: Sequence[Spoken], make: Callable[[Sequence[Spoken]], list[Tensor]], what: str, quiet: bool
+) -> dict[str, Tensor]:
+    """What `make` gives for some of what is spoken, int64 of any shape, by `key_of`; the file `path` remembers it."""
     known = read_safetensors(path) if path.exists() else {}
     missing = list({key: one for one in spoken if (key := key_of(one)) not in known}.items())
-    cache.mkdir(parents=True, exist_ok=True)
+    missing.sort(key=lambda item: item[1][0].cut.supervisions[item[1][1]].duration)  # of one length together
+    path.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
-        for done, (key, one) in enumerate(track(missing, "codes of the corpus", disable=quiet or not missing), 1):
-            sound = torch.from_numpy(sound_of(one, codec.config.sampling_rate))
-            known[key] = codec.encode(sound[None])[0].to(torch.int16).contiguous()
-            if done % KEPT_EVERY == 0 or done == len(missing):
+        for start in track(range(0, len(missing), TOGETHER), what, disable=quiet or not missing):
+            some = missing[start : start + TOGETHER]
+            for (key, _), made in zip(some, make([one for _, one in some]), strict=True):
+                known[key] = made.to(torch.int16).contiguous()
+            done = start + len(some)
+            if done // KEPT_EVERY > start // KEPT_EVERY or done == len(missing):
                 write_safetensors(path, known)
     return {key: known[key].long() for key in map(key_of, spoken)}
 
 
-def fingerprint(codec: Codec) -> str:
-    """Changes with every weight of the codec."""
+def fingerprint(*boxes: nn.Module) -> str:
+    """Changes with every weight."""
     whole = hashlib.sha256()
-    for name, tensor in sorted(codec.state_dict().items()):
+    for name, tensor in sorted(item for box in boxes for item in box.state_dict().items()):
         whole.update(name.encode() + tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return whole.hexdigest()[:16]
 

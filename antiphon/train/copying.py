@@ -1,4 +1,4 @@
-"""Fresh weights with which a decoder can copy from the first step: induction heads, laid into two layers.
+"""Fresh weights with which a decoder can copy from the first step: induction heads, laid into its first layers.
 
 What follows "A" in an answer is mostly what followed "A" in the question, and what is written down was heard just so.
 Gradient descent finds the heads that this takes late: until they are all there, none is of use, and a small world is
@@ -18,11 +18,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from antiphon.layers import Attention
+from antiphon.config import DecoderConfig
+from antiphon.layers import Attention, Decoder
+from antiphon.mtp import MTP
+from antiphon.talker import Talker
 from antiphon.thinker import Thinker
 
 SHARP = 2.0  # weights of the norms of queries and keys: with 1, no score is above sqrt(D), and no head can be sharp
 NEAR = (0.2, 1.1)  # radians a step of the frequencies that tell one place from the next
+LOUD = 3.0  # text beside the sum of a frame's codes
 FADING = 0.6  # of what is written down, from each place to the one before: the nearest counts most
 
 
@@ -34,9 +38,8 @@ def begin_copying(thinker: Thinker, blank: int) -> bool:
     """
     table, config = thinker.model.embed_tokens.weight, thinker.config
     size, width = config.head_dim, config.hidden_size
-    frequency = config.rope_theta ** -(torch.arange(0, size, 2) / size)
-    near = ((frequency > NEAR[0]) & (frequency < NEAR[1])).float()
-    if len(thinker.model.layers) < 2 or width < 3 * size:
+    looks, *finds = attentions(thinker.model)
+    if not finds or width < 3 * size:
         return False
     basis = torch.linalg.qr(torch.randn(width, 2 * size + 2))[0].T  # orthonormal rows [2 D + 2, W]
     seen, rest = basis[:size], basis[size:]
@@ -47,19 +50,76 @@ def begin_copying(thinker: Thinker, blank: int) -> bool:
     if not config.tie_word_embeddings:  # a token's score is the likeness to its embedding: what is found can be said
         thinker.lm_head.weight.copy_(table * width**-0.5)
     table += length * constant  # along it tokens differ by their places only
+    near = near_places(config)
     aside = torch.cat([1 - near, 1 - near])  # where a key is seen by none of those who look
-    looks, finds = (m for layer in thinker.model.layers[:2] for m in layer.children() if isinstance(m, Attention))
-    here = turned(near, 0 * frequency)
-    for head in range(looks.heads):  # the first looks one place back, the next two, …
-        back = turned(near, -(head + 1) * frequency)
-        _lay(looks, head, torch.outer(back, constant), torch.outer(here, constant), seen, FADING**head * written)
-    _lay(finds, 0, seen, written + torch.outer(aside, silent), seen, seen)
+    _look_back(looks, config, constant, seen, written)
+    _lay(finds[0], 0, seen, written + torch.outer(aside, silent), seen, seen)
     return True
+
+
+@torch.no_grad()
+def begin_following(talker: Talker, mtp: MTP, table: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Lay the same heads into the Talker: who knows what was said last finds what comes next in the text.
+
+    Returns two sets of orthonormal rows [D, W]: along the first a position's own text token is seen, along the second
+    layers say which token of the text was said last (training teaches them, `stages.speech`), and there every layer
+    but the first and the upper ones adds the token that follows it. None where the Talker is too small: it takes three
+    layers and a width of more than three heads. `table` [V, U] are the Thinker's embeddings.
+    """
+    config = talker.config.text
+    size, width = config.head_dim, config.hidden_size
+    looks, *finds = attentions(talker.model)
+    if len(finds) < 2 or width <= 3 * size:
+        return None
+    basis = torch.linalg.qr(torch.randn(width, 3 * size + 1))[0].T
+    seen, written, said, constant = basis[:size], basis[size : 2 * size], basis[2 * size : -1], basis[-1]
+    text, heard = talker.text_projection, talker.hidden_projection
+    for projection in (text, heard):
+        weight = projection.linear_fc2.weight.mul_(LOUD)
+        others = torch.cat([written, said, constant[None]])
+        weight -= others.T @ (others @ weight)
+    text.linear_fc2.bias -= text(table).mean(0)
+    length = text(table).norm(dim=1).mean()
+    for projection in (text, heard):
+        projection.linear_fc2.bias += length * constant
+    others = torch.cat([seen, written, constant[None]])
+    for codes in (talker.model.codec_embedding, *mtp.model.codec_embedding):
+        weight = codes.get_parameter("weight")
+        weight -= weight @ others.T @ others
+    _look_back(looks, config, constant, seen, written)
+    for attention in finds[: len(finds) // 2 + 1]:
+        _lay(attention, 0, said, written, seen, said)
+    return seen, said
+
+
+def attentions(decoder: Decoder) -> list[Attention]:
+    """The attention of each layer."""
+    return [m for layer in decoder.layers for m in layer.children() if isinstance(m, Attention)]
+
+
+def near_places(config: DecoderConfig) -> Tensor:
+    """Frequencies [F] of rotary positions that tell one place from the next, as ones among zeros."""
+    frequency = frequencies(config)
+    return ((frequency > NEAR[0]) & (frequency < NEAR[1])).float()
+
+
+def frequencies(config: DecoderConfig) -> Tensor:
+    """Radians a step [F]."""
+    return config.rope_theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
 
 
 def turned(weights: Tensor, angles: Tensor) -> Tensor:
     """Pairs of `weights` [F], each turned by its angle [F] as rotary positions turn them: [D = 2 F]."""
     return torch.cat([weights * angles.cos(), weights * angles.sin()])
+
+
+def _look_back(attention: Attention, config: DecoderConfig, constant: Tensor, seen: Tensor, written: Tensor) -> None:
+    """The first head looks one place back, the next two, …; what is `seen` there is `written` here."""
+    near, frequency = near_places(config), frequencies(config)
+    key = torch.outer(turned(near, 0 * frequency), constant)
+    for head in range(attention.heads):
+        back = turned(near, -(head + 1) * frequency)
+        _lay(attention, head, torch.outer(back, constant), key, seen, FADING**head * written)
 
 
 def _lay(attention: Attention, head: int, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:

@@ -4,9 +4,8 @@ Two kinds of examples: a sentence that is spoken on its own (task "say"), and th
 "talk"), with the user's turns before them as in inference. The voice is a vector that the speaker encoder makes of
 another recording of the same speaker; at export the preset voices' vectors become rows of the embedding.
 
-With `spell` a CTC head, which is not kept, reads the answer's text off the states halfway up the Talker: to know what
-has been said is what it takes to find in the text what comes next, and codes alone teach it late, after the sentences
-of the corpus have been learnt by heart.
+With `follow` a head that is not kept reads off the states halfway up the Talker which token of the text has been said
+last, see `train.following`.
 
 Alignment: position 9 + t - 1 of the answer predicts code 0 of frame t and is what MTP starts from; frame t's codes are
 fed at position 9 + t. Nothing is shifted anywhere else.
@@ -18,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,10 @@ from antiphon.generate import Omni, collect
 from antiphon.speaker import SpeakerConfig, SpeakerEncoder
 from antiphon.talker import CLONED, talker_prompt
 from antiphon.train.codes import Spoken, encode, key_of, sound_of
+from antiphon.train.copying import begin_following
 from antiphon.train.data import Example, pad, read_cuts
+from antiphon.train.following import places
 from antiphon.train.loop import Figures, Loss
-from antiphon.train.losses import ctc_per_token
 from antiphon.train.recipe import read_fields
 from antiphon.train.stages.aut import IGNORED
 from antiphon.train.stages.codec import picture, read_codec_config
@@ -53,7 +54,8 @@ class SpeechOptions:
     speaker: dict[str, Any]  # sizes of the speaker encoder
     mtp_share: float = 0.25  # of the frames that MTP is trained on in a step
     mtp_weight: float = 1.0  # of the mean over the residual codebooks
-    spell: float = 0.0  # weight of reading off the Talker's states what has been said so far
+    follow: float = 0.0  # weight of reading off the Talker's states which token was said last
+    followed: int = 20000  # answers at most for which that is looked up
     reference: float = 3.0  # seconds of another recording that the voice is taken from
     validated: int = 64  # answers per manifest
 
@@ -66,6 +68,7 @@ class Answer:
     codes: Tensor  # [T, Q]
     reference: Tensor  # [N] samples of the voice
     talk: Talk | None  # the conversation up to it
+    places: Tensor | None  # [T] how many tokens have been said, where that is to be followed
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,10 @@ class SpeechStage:
         if self.sounds:
             begun["code2wav"] = speech.code2wav
         trained = {"talker": speech.talker, "mtp": speech.mtp, "speaker": self.speaker}
-        if self.options.spell:
-            trained["spelling"] = nn.Linear(config.talker.text.hidden_size, config.text.vocab_size + 1)  # and a blank
+        if self.options.follow:
+            width = config.talker.text.hidden_size
+            self.reads = nn.Linear(width, width, bias=False)
+            trained["following"] = self.reads
         if missing := sorted(set(begun) - set(recipe.init)):
             raise ConfigError(
                 f"{recipe.name}: init names no {', '.join(missing)}; speech needs the runs they come from"
@@ -113,6 +118,11 @@ class SpeechStage:
         for name, box in begun.items():  # not trained here: their own runs keep them
             self.modules.pop(name)
             box.eval().requires_grad_(False)
+        if self.options.follow and "talker" not in recipe.init:
+            table = self.boxes.thinker.model.embed_tokens.weight
+            if found := begin_following(speech.talker, speech.mtp, table):
+                seen, said = found
+                self.reads.weight.data.copy_(seen.T @ said)
         self.log_mel, self.voice_mel = LogMel(config.audio.mel), LogMel(speaker.mel)
         self.newline = self.tokenizer.encode("\n")[0]
         self.mix = setting.mix()
@@ -126,7 +136,10 @@ class SpeechStage:
                 Example(c, source.task) for c in read_cuts(source.cuts, self.setting.cuts)[: self.options.validated]
             ]
         spoken = [one for e in examples for one in spoken_in(e)]
-        self.codes = encode(self.codec, spoken, self.setting.runs)
+        runs, aut, thinker = self.setting.runs, self.boxes.aut, self.boxes.thinker
+        self.codes = encode(self.codec, spoken, runs)
+        some = spoken[:: -(-len(spoken) // self.options.followed)] if self.options.follow else []
+        self.places = places(aut, thinker, self.tokenizer, self.codes, 1 / self.codec.config.frame_rate, some, runs)
         self.by_voice: dict[str, list[Spoken]] = {}
         for one in spoken:
             self.by_voice.setdefault(voice_of(one), []).append(one)
@@ -159,12 +172,12 @@ class SpeechStage:
         length = round(self.options.reference * self.speaker.config.sample_rate)
         start = int(random.random() * max(1, len(sound) - length))
         reference = torch.from_numpy(np.ascontiguousarray(sound[start : start + length]))
-        codes = self.codes[key_of(chosen)]
+        codes, said = self.codes[key_of(chosen)], self.places.get(key_of(chosen))
         if example.task == "say":
-            return Answer(self.tokenizer.encode(example.text), codes, reference, None)
+            return Answer(self.tokenizer.encode(example.text), codes, reference, None, said)
         talk = read_talk(example, self.tokenizer, self.config)
         reply = next(r for r in talk.replies if r.supervision == chosen[1])
-        return Answer(talk.ids[reply.start : reply.stop], codes, reference, talk.before(reply.start))
+        return Answer(talk.ids[reply.start : reply.stop], codes, reference, talk.before(reply.start), said)
 
     def inputs(self, batch: SpeechBatch) -> Iterator[Tensor]:
         """The Talker's input [P, W] of each answer: the prompt, then a position per frame."""
@@ -226,18 +239,24 @@ class SpeechStage:
         total = main + self.options.mtp_weight * residual
         right = (first.argmax(-1) == wanted).float().mean()
         figures = {"loss": total, "code0": main, "residual": residual, "accuracy": right}
-        if self.options.spell:
-            figures["spelling"] = self.spelling(batch, heard)
-            total = total + self.options.spell * figures["spelling"]
+        if self.options.follow:
+            following, figures["followed"] = self.following(batch, heard)
+            figures["following"], total = following, total + self.options.follow * following
         return Loss(total, {k: v.detach() for k, v in figures.items()})
 
-    def spelling(self, batch: SpeechBatch, heard: list[Tensor]) -> Tensor:
-        """CTC per text token, over states [T, W] of each answer."""
-        states, _ = pad(heard)
-        scores = self.modules["spelling"](states)
-        text, lengths = pad([torch.tensor(a.text) for a in batch.answers])
-        frames = torch.tensor([len(h) for h in heard])
-        return ctc_per_token(scores, text, frames, lengths, scores.shape[-1] - 1).mean()
+    def following(self, batch: SpeechBatch, heard: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of the token said last, of all tokens of the batch, over states [T, W]; and the share found."""
+        begun = self.config.tts_bos_token_id  # before the first has been said
+        told = [(a, h) for a, h in zip(batch.answers, heard, strict=True) if a.places is not None]
+        if not told:
+            return heard[0].sum() * 0, heard[0].new_zeros(())
+        words = torch.tensor(sorted({begun, *chain.from_iterable(a.text for a, _ in told)}))
+        said = torch.cat([torch.tensor([begun, *a.text])[a.places] for a, _ in told])
+        table = self.boxes.speaking().talker.text_projection(self.boxes.thinker.embed(words.to(self.device)))
+        scores = F.linear(self.reads(torch.cat([h for _, h in told])), table - table.mean(0)).float()
+        wanted = torch.searchsorted(words, said).to(self.device)
+        found = (scores.argmax(-1) == wanted).float().mean()
+        return F.cross_entropy(scores * table.shape[-1] ** -0.5, wanted), found
 
     def validate(self) -> Figures:
         """Mean losses over the validation manifests."""
