@@ -67,7 +67,9 @@ KINDS: dict[str, tuple[str, ...]] = {  # question types of each kind; a follow-u
 ABOUT_SENTENCES = ("repeat", "language")  # of the split of the sentence in them
 FIRST = {"more": "arithmetic", "then": "day", "also": "translate"}
 COUNTED = "5-20 25-30 35-40 45-50 55-60"  # take the same plural in every language
-LARGEST = {"plus": 20, "minus": 20, "times": 10}  # operands
+LARGEST = {"plus": 12, "minus": 12, "times": 6}  # operands
+ADDED = 5  # at most, in a follow-up
+COMPARED = range(2, 51)
 TAKES = 1000  # renderings of the same labels
 SHORT = 8  # words of a sentence that is to be repeated, letters of a name that is to be spelled
 
@@ -318,7 +320,7 @@ def more(phrases: Phrases, value: int, draw: Draw) -> Facts:
     """Something added to the result before, or taken from it."""
     room = {"plus": 100 - value, "minus": value}
     operation = draw.choose([name for name, left in room.items() if left])
-    return _sum(phrases, value, operation, 1 + draw.below(min(room[operation], 10)))
+    return _sum(phrases, value, operation, 1 + draw.below(min(room[operation], ADDED)))
 
 
 def _sum(phrases: Phrases, a: int, operation: str, b: int) -> Facts:
@@ -353,8 +355,8 @@ def _beside(phrases: Phrases, what: str, index: int, draw: Draw) -> Facts:
 
 def compare(phrases: Phrases, split: Split, draw: Draw) -> Facts:
     """The larger or the smaller of two numbers."""
-    a, b = 2 + draw.below(99), 2 + draw.below(98)
-    b += b >= a
+    a = draw.choose(COMPARED)
+    b = draw.choose([n for n in COMPARED if n != a])
     size, choose = draw.choose([("larger", max), ("smaller", min)])
     said = {key: number_words(n, phrases.language) for key, n in (("a", a), ("b", b), ("result", choose(a, b)))}
     return Facts({**said, "size": phrases.labels["size"][size]})
