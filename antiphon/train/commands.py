@@ -78,15 +78,18 @@ def train(
     runs: Runs = Path("runs"),
     device: Annotated[str, typer.Option(help="cpu, cuda, …; auto is the GPU where there is one.")] = "auto",
     jobs: Annotated[int, typer.Option(min=0, help="Processes that make the corpus, by default one per core.")] = 0,
+    together: Annotated[int, typer.Option(min=1, help="Recipes at a time, where they do not need each other.")] = 1,
 ) -> None:
     """Train one recipe, or all of a folder in order. Goes on where it was stopped, to the same weights."""
     with needs_extra():
         from antiphon.train.run import read_course, train_course
+        from antiphon.train.together import train_together
     course = read_course(recipe)
     if course.corpus:
         make_sets_of(course.corpus, cuts / course.name, jobs)
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    for folder in train_course(course, cuts, runs, torch.device(where)):
+    place = (course, cuts, runs, torch.device(where))
+    for folder in train_together(*place, together) if together > 1 else train_course(*place):
         say.print(str(folder))
 
 
