@@ -276,6 +276,20 @@ def test_the_talker_learns_which_token_it_said_last(place, tmp_path):
     assert stage.loss("speech", unknown, 0).figures["following"] == 0
 
 
+def test_frames_that_are_not_fed_back_tell_nothing(place):
+    """In training, with a share of 1, no score depends on the codes before it; elsewhere all are fed."""
+    init = {"thinker": "thinker", "aut": "thinker", "codec": "codec"}
+    stage = SpeechStage(
+        setting(place, "deaf", init, [{"cuts": "say.jsonl.gz", "task": "say"}], speaker=SPEAKER, deaf=1)
+    )
+    batch = stage.batch(0)
+    other = replace(batch, answers=[replace(a, codes=(a.codes + 1) % 8) for a in batch.answers])
+    with torch.no_grad():
+        for training in (True, False):
+            stage.modules.train(training)
+            assert torch.equal(stage.scores(batch)[0], stage.scores(other)[0]) == training
+
+
 def test_places_are_where_an_encoder_reads_the_tokens(stage):
     """Rows that read like the text, two for each token and a blank between, say each token when they come to it."""
     blank = MODEL.config.audio_token_id

@@ -56,6 +56,7 @@ class SpeechOptions:
     mtp_weight: float = 1.0  # of the mean over the residual codebooks
     follow: float = 0.0  # weight of reading off the Talker's states which token was said last
     followed: int = 20000  # answers at most for which that is looked up
+    deaf: float = 0.0  # share of the frames that are not fed back in training: the text has to tell what comes next
     reference: float = 3.0  # seconds of another recording that the voice is taken from
     validated: int = 64  # answers per manifest
 
@@ -182,6 +183,7 @@ class SpeechStage:
     def inputs(self, batch: SpeechBatch) -> Iterator[Tensor]:
         """The Talker's input [P, W] of each answer: the prompt, then a position per frame."""
         voices = self.speaker(batch.mel.to(self.device), batch.frames)
+        generator = torch.Generator().manual_seed(batch.seed)
         accept: list[Tensor] = []
         if batch.talks is not None:
             with torch.no_grad():
@@ -200,6 +202,8 @@ class SpeechStage:
                 heard = F.pad(heard, (0, 0, 0, len(rows.text) - len(user)))
             x = self.boxes.embed_rows(rows, heard, voice[None])[0]
             frames = self.boxes.speaking().frame_embedding(answer.codes.to(self.device))
+            if self.speaker.training:
+                frames = frames * (torch.rand(len(frames), 1, generator=generator) >= self.options.deaf).to(frames)
             yield torch.cat([x[: -len(frames)], x[-len(frames) :] + frames])
 
     def scores(self, batch: SpeechBatch) -> tuple[Tensor, Tensor, list[Tensor]]:
