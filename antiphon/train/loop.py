@@ -29,6 +29,13 @@ from antiphon.train.recipe import Optimization, Recipe
 
 AHEAD = 4  # batches prepared while the current one is used
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's memory of a parameter
+COLUMNS = (  # what a bar shows
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeElapsedColumn(),
+    TimeRemainingColumn(),
+)
 STATE = "last.safetensors"  # weights, their averages, AdamW's moments: all that a run needs to go on
 BEST = "best.safetensors"  # weights of the best validation; what later stages and the export read
 LOG = "log.jsonl"  # one line of figures per step that had any
@@ -270,8 +277,7 @@ def train(stage: Stage, recipe: Recipe, folder: Path, *, quiet: bool = False) ->
     run.restore()
     _forget_after(run.step, folder / LOG)
     board = SummaryWriter(str(folder / "board"), purge_step=run.step + 1)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), disable=quiet) as progress:
+    with Progress(*COLUMNS, TextColumn("{task.fields[figures]}"), disable=quiet) as progress:
         bar = progress.add_task(recipe.name, total=plan.steps, completed=run.step, figures="")
         run.learn()
         clock, shown = time.monotonic(), dict[str, float]()

@@ -15,14 +15,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
-from rich.progress import Progress, TaskID, TimeRemainingColumn
+from rich.progress import Progress, TaskID
 
 from antiphon.errors import AntiphonError, InputError
-from antiphon.train.commands import COLUMNS, say
 from antiphon.train.keep import put_back
-from antiphon.train.loop import LOG
+from antiphon.train.loop import COLUMNS, LOG
 from antiphon.train.recipe import Recipe
-from antiphon.train.run import Course, train_recipe
+from antiphon.train.run import Course, say, train_recipe
 from antiphon.train.stages.common import TOKENIZER
 
 LOOK = 0.5  # seconds between two looks at those that train
@@ -49,7 +48,7 @@ def train_together(
     waiting = {r.name: needs(r, course.recipes[:i]) for i, r in enumerate(course.recipes)}
     recipes, ready = {r.name: r for r in course.recipes}, set[str]()
     training: dict[str, tuple[BaseProcess, TaskID]] = {}
-    with Progress(*COLUMNS, TimeRemainingColumn(), console=say) as progress:
+    with Progress(*COLUMNS, console=say) as progress:
         try:
             while waiting or training:
                 for name in [n for n, needed in waiting.items() if needed <= ready][: most - len(training)]:
