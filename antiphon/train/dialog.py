@@ -208,7 +208,7 @@ def dialog_vocabulary(language: str, split: Split | None = None) -> list[str]:
     phrases = load_phrases(language)
     fillings = _fillings(phrases)
     asked = phrases.questions if split is None else phrases.templates(set().union(*KINDS.values()), split)
-    lines = (*(phrases.questions[name] for name in asked), *phrases.answers.values())
+    lines = (*phrases.lists["opener"], *(phrases.questions[name] for name in asked), *phrases.answers.values())
     return sorted({*vocabulary(language, split), *(word for line in lines for word in template_words(line, fillings))})
 
 
@@ -257,7 +257,8 @@ def _draw_dialog(phrases: Phrases, kind: str, split: Split, draw: Draw) -> Dialo
 def _turns(phrases: Phrases, template: str, facts: Facts, split: Split, draw: Draw) -> list[Turn]:
     """The turn of a question; with a tool, the turn that calls it and the turn that says what came of it."""
     question_type = template.split(".")[0]
-    line = fill(_put(phrases.questions[template], facts.slots), phrases.lists, draw)
+    opener = "{opener} " if question_type not in FOLLOWED and draw.below(2) else ""
+    line = fill(opener + _put(phrases.questions[template], facts.slots), phrases.lists, draw)
     question = _say(line, phrases, template, split)
     if facts.sentence:
         question = _followed_by(question, facts.sentence)
