@@ -1,5 +1,8 @@
 """Recipes at the same time: each begins when what it needs is there, and one that fails stops all."""
 
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -77,6 +80,28 @@ def test_one_that_fails_stops_all(tmp_path, capfd):
         train_together(course, tmp_path / "cuts", tmp_path / "runs", CPU, 2, note)
     assert "write better ones" in capfd.readouterr().err
     assert not (tmp_path / "runs/course/third").exists()
+
+
+def test_none_outlives_the_one_that_began_it(tmp_path):
+    """Else the same command, given again after kill -9, would train beside what was left."""
+    lines = (
+        "from pathlib import Path",
+        "from tests.test_together import *",
+        "if __name__ == '__main__':",
+        f"    place = Path({str(tmp_path)!r})",
+        "    train_together(Course('course', place, RECIPES[:1], {}), place / 'cuts', place / 'runs', CPU, 2, note)",
+    )
+    (tmp_path / "main.py").write_text("\n".join(lines))
+    root = Path(__file__).parents[1]
+    parent = subprocess.Popen([sys.executable, tmp_path / "main.py"], env={**os.environ, "PYTHONPATH": str(root)})
+    folder = tmp_path / "runs/course/tokenizer"
+    while not folder.exists():
+        assert parent.poll() is None
+        time.sleep(0.02)
+    parent.kill()
+    parent.wait()
+    time.sleep(2.0)
+    assert not (folder / "times").exists()
 
 
 def test_how_far_a_run_is(tmp_path):

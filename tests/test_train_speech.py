@@ -25,8 +25,9 @@ from antiphon.speaker import load_speaker
 from antiphon.train.codes import key_of
 from antiphon.train.data import load_samples, read_cuts
 from antiphon.train.export import export
-from antiphon.train.following import first_rows, places, row_scores, text_of
+from antiphon.train.following import first_rows, places, text_of
 from antiphon.train.loop import BEST, train
+from antiphon.train.losses import likeness
 from antiphon.train.recipe import Recipe, read_fields
 from antiphon.train.stages.codec import CODEC_SIZES
 from antiphon.train.stages.common import Setting
@@ -297,7 +298,7 @@ def test_places_are_where_an_encoder_reads_the_tokens(stage):
     ids += ids[-1:]  # once more: only a blank parts it from the one before
     rows = [i for token in ids for i in (blank, token, token)]
     table = torch.randn(VOCAB, 64, generator=torch.Generator().manual_seed(1))
-    scores = row_scores(table[rows], table, [*ids, blank])
+    scores = likeness(table[rows], table[[*ids, blank]])
     assert first_rows(scores.numpy(), ids).tolist() == [3 * i + 1 for i in range(len(ids))]
     assert first_rows(scores.numpy()[: len(ids) - 2], ids).tolist() == [
         i * (len(ids) - 2) // len(ids) for i in range(len(ids))

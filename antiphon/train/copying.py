@@ -2,8 +2,8 @@
 
 What follows "A" in an answer is mostly what followed "A" in the question, and what is written down was heard just so.
 Gradient descent finds the heads that this takes late: until they are all there, none is of use, and a small world is
-learnt by heart instead. Begun like this, tiny's Thinker copies lists of any words after 150 steps of training
-(docs/training.md); begun as usual, not after 450.
+learnt by heart instead. Begun like this, tiny's Thinker copies lists of any words after 200 steps of training
+(docs/decisions.md); begun as usual, not after 450.
 
     layer 0   head i looks i + 1 places back and writes down who was there; a blank is nobody     A at B
     layer 1   a head looks for where the present token was written down, and takes what is there  A finds B

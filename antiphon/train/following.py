@@ -4,7 +4,7 @@ The text runs ahead of the speech, a token a frame, so the Talker has to look ba
 for that it has to know which it has said. Codes alone teach that late: sentences of a small corpus are learnt by heart
 first. A forced alignment by an encoder that spells (`stages.thinker.spelling_loss`) says it.
 
-Shapes: T frames, L tokens, S rows of the encoder, U the Thinker's width.
+Shapes: T frames, L tokens, S rows of the encoder.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from antiphon.thinker import Thinker
 from antiphon.tokenizer import Tokenizer
 from antiphon.train.codes import Spoken, fingerprint, keep, key_of, sound_of
 from antiphon.train.data import pad
+from antiphon.train.losses import likeness
 
 
 def text_of(spoken: Spoken) -> str:
@@ -62,8 +62,8 @@ def places(
         made = []
         for one, rows, length in zip(some, heard, lengths.tolist(), strict=True):
             ids = tokenizer.encode(text_of(one))
-            scores = row_scores(rows[: config.tokens(length)], table, [*ids, tokenizer.config.audio_token_id])
-            row = first_rows(scores.cpu().numpy(), ids)
+            scores = likeness(rows[: config.tokens(length)], table[[*ids, tokenizer.config.audio_token_id]])
+            row = first_rows(scores.float().cpu().numpy(), ids)
             seconds = hop * (
                 row // config.chunk_tokens * config.chunk_frames + row % config.chunk_tokens * 2**config.conv_layers
             )
@@ -73,11 +73,6 @@ def places(
 
     name = f"places-{fingerprint(aut, thinker.model.embed_tokens)}.safetensors"
     return keep(cache / name, spoken, make, "places in what is said", quiet)
-
-
-def row_scores(rows: Tensor, table: Tensor, ids: Sequence[int]) -> Tensor:
-    """How much rows [S, U] read like the embeddings of some ids, [S, ids]."""
-    return F.linear(rows.float(), table[list(ids)].float()) * table.shape[1] ** -0.5
 
 
 def first_rows(scores: NDArray[np.float32], ids: Sequence[int]) -> NDArray[np.int64]:

@@ -87,6 +87,11 @@ def _norm(x: Tensor) -> Tensor:
     return (x.square().sum() + ROUND).sqrt() - math.sqrt(ROUND)
 
 
+def likeness(states: Tensor, table: Tensor) -> Tensor:
+    """How much states [.., W] read like each of some embeddings [V, W]: scores [.., V]."""
+    return F.linear(states, table) * table.shape[-1] ** -0.5
+
+
 def ctc_per_token(scores: Tensor, text: Tensor, heard: Tensor, lengths: Tensor, blank: int) -> Tensor:
     """CTC [B] per text token: scores [B, S, V] of which `heard` [B] steps count, ids [B, L] of which `lengths` [B] do.
 

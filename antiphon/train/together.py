@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -83,7 +85,10 @@ def last_step(log: Path) -> int:
 
 
 def _train(train: Train, recipe: Recipe, *place: object) -> None:
-    """One recipe in a process of its own."""
+    """One recipe in a process of its own, which does not outlive the one that began it, killed as it may be."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     try:
         train(recipe, *place, quiet=True)
     except AntiphonError as error:

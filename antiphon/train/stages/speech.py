@@ -37,6 +37,7 @@ from antiphon.train.copying import begin_following
 from antiphon.train.data import Example, pad, read_cuts
 from antiphon.train.following import places
 from antiphon.train.loop import Figures, Loss
+from antiphon.train.losses import likeness
 from antiphon.train.recipe import read_fields
 from antiphon.train.stages.aut import IGNORED
 from antiphon.train.stages.codec import picture, read_codec_config
@@ -119,7 +120,7 @@ class SpeechStage:
         for name, box in begun.items():  # not trained here: their own runs keep them
             self.modules.pop(name)
             box.eval().requires_grad_(False)
-        if self.options.follow and "talker" not in recipe.init:
+        if self.options.follow and not {name.split(".")[0] for name in recipe.init} & {"talker", "mtp"}:
             table = self.boxes.thinker.model.embed_tokens.weight
             if found := begin_following(speech.talker, speech.mtp, table):
                 seen, said = found
@@ -257,10 +258,10 @@ class SpeechStage:
         words = torch.tensor(sorted({begun, *chain.from_iterable(a.text for a, _ in told)}))
         said = torch.cat([torch.tensor([begun, *a.text])[a.places] for a, _ in told])
         table = self.boxes.speaking().talker.text_projection(self.boxes.thinker.embed(words.to(self.device)))
-        scores = F.linear(self.reads(torch.cat([h for _, h in told])), table - table.mean(0)).float()
+        scores = likeness(self.reads(torch.cat([h for _, h in told])), table - table.mean(0)).float()
         wanted = torch.searchsorted(words, said).to(self.device)
         found = (scores.argmax(-1) == wanted).float().mean()
-        return F.cross_entropy(scores * table.shape[-1] ** -0.5, wanted), found
+        return F.cross_entropy(scores, wanted), found
 
     def validate(self) -> Figures:
         """Mean losses over the validation manifests."""

@@ -28,7 +28,7 @@ from antiphon.tokenizer import Tokenizer
 from antiphon.train.copying import begin_copying
 from antiphon.train.data import Example, batches, pad, read_cuts
 from antiphon.train.loop import Figures, Loss
-from antiphon.train.losses import ctc_per_token
+from antiphon.train.losses import ctc_per_token, likeness
 from antiphon.train.recipe import Source, read_fields
 from antiphon.train.stages.aut import IGNORED, begin
 from antiphon.train.stages.common import Setting
@@ -227,7 +227,7 @@ def spelling_loss(thinker: Thinker, aut: AuT, heard: Tensor, batch: TalkBatch, b
     if not spoken.any():
         return heard.sum() * 0
     table = thinker.model.embed_tokens.weight
-    scores = F.linear(heard[spoken.to(heard.device)], table) * table.shape[1] ** -0.5
+    scores = likeness(heard[spoken.to(heard.device)], table)
     rows = rows_of(aut, batch)[spoken]
     return ctc_per_token(scores, batch.text[spoken], rows, batch.lengths[spoken], blank).mean()
 
