@@ -112,10 +112,9 @@ class Mix:
 
     def __init__(self, data: Data, sources: Sequence[Source], root: Path, seed: int, rank: int = 0) -> None:
         self.data, self.seed, self.rank = data, seed, rank
-        pools = [
-            [e for c in read_cuts(s.cuts, root) if (e := Example(c, s.task)).seconds <= data.max_seconds]
-            for s in sources
-        ]
+        names = {s.cuts for s in sources}  # each is read once, however many tasks it has
+        cuts = {name: read_cuts(name, root) for name in names}
+        pools = [[e for c in cuts[s.cuts] if (e := Example(c, s.task)).seconds <= data.max_seconds] for s in sources]
         for source, pool in zip(sources, pools, strict=True):
             if not pool:
                 raise InputError(f"{source.cuts} has no cut of at most {data.max_seconds} s; raise data.max_seconds")
