@@ -121,13 +121,16 @@ def make_corpus(sets: dict[str, Set], out: Path, jobs: int, progress: Callable[[
     Returns the manifests by name.
     """
     out.mkdir(parents=True, exist_ok=True)
-    work = [(out, name, s, shard) for name, s in sets.items() for shard in range(shards_of(s))]
+    left = {name: shards_of(s) for name, s in sets.items()}
     with ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:  # a core each
-        for done, future in enumerate(as_completed([pool.submit(make_shard, *task) for task in work]), 1):
+        made = {pool.submit(make_shard, out, n, s, i): n for n, s in sets.items() for i in range(left[n])}
+        for done, future in enumerate(as_completed(made), 1):
             future.result()
-            progress(done, len(work))
-    for name, s in sets.items():
-        _join(out, name, shards_of(s))
+            name = made[future]
+            left[name] -= 1
+            if not left[name]:
+                _join(out, name, shards_of(sets[name]))
+            progress(done, len(made))
     words = {code: vocabulary(code) for code in sorted({c for s in sets.values() for c in s.languages})}
     _whole(out / "world.json", json.dumps({"words": words}, ensure_ascii=False, indent=0).encode())
     return {name: out / f"{name}.jsonl.gz" for name in sets}
