@@ -32,7 +32,7 @@ from antiphon.train.recipe import Recipe, read_fields
 from antiphon.train.stages.codec import CODEC_SIZES
 from antiphon.train.stages.common import Setting
 from antiphon.train.stages.speech import SpeechStage, spoken_in
-from antiphon.train.stages.thinker import ThinkerStage, collate_talks, read_talk, spelling_loss
+from antiphon.train.stages.thinker import ThinkerStage, collate_talks, read_talk, spelling_losses
 from antiphon.train.talks import lay_out
 from tests.models import CPU, IDS, VOCAB, config_json, omni, script
 from tests.models import sound as exact_sound
@@ -196,9 +196,15 @@ def test_rows_that_read_like_the_text_spell_it(stage):
             doubled = zip(text, [None, *text], strict=False)  # of the same token twice, a blank makes two
             spelled = [i for token, before in doubled for i in ([blank, token] if token == before else [token])]
             line[: len(spelled)] = torch.tensor(spelled)
-        costs.append(float(spelling_loss(thinker, MODEL.aut, thinker.embed(ids), batch, blank)))
-    assert costs[0] < 0.01
-    assert costs[1] > 1
+        embedded = thinker.embed(ids)
+        for own in (embedded, 5 * embedded):  # longer ones spell as well, and are not what the Thinker knows
+            costs.append([float(x) for x in spelling_losses(thinker, MODEL.aut, own, batch, blank)])
+    (right, apart), (loud, far), (wrong, _), _ = costs
+    assert right < 0.01
+    assert apart < 0.01
+    assert loud < 0.01
+    assert far > 4
+    assert wrong > 1
 
 
 @pytest.mark.parametrize("task", ["talk", "say"])

@@ -2,7 +2,7 @@
 
 The text runs ahead of the speech, a token a frame, so the Talker has to look back for the token that comes next, and
 for that it has to know which it has said. Codes alone teach that late: sentences of a small corpus are learnt by heart
-first. A forced alignment by an encoder that spells (`stages.thinker.spelling_loss`) says it.
+first. A forced alignment by an encoder that spells (`stages.thinker.spelling_losses`) says it.
 
 Shapes: T frames, L tokens, S rows of the encoder.
 """

@@ -98,5 +98,21 @@ def ctc_per_token(scores: Tensor, text: Tensor, heard: Tensor, lengths: Tensor, 
     Zero where the steps are too few for the text.
     """
     log = scores.float().log_softmax(-1).transpose(0, 1)
-    each = F.ctc_loss(log, text, heard.cpu(), lengths, blank, "none", zero_infinity=True)
-    return each / lengths.to(each.device)
+    return _ctc(log, text, heard, lengths, blank) / lengths.to(scores.device)
+
+
+def ctc_and_ways(scores: Tensor, text: Tensor, heard: Tensor, lengths: Tensor, blank: int) -> tuple[Tensor, Tensor]:
+    """As `ctc_per_token`, and what each step says on the ways that spell the text: probabilities [B, S, V].
+
+    CTC's gradient is how far the scores' own probabilities are from these, which have none themselves.
+    """
+    log = scores.float().log_softmax(-1).transpose(0, 1)
+    with torch.enable_grad():
+        given = log.detach().requires_grad_()
+        (apart,) = torch.autograd.grad(_ctc(given, text, heard, lengths, blank).sum(), given)
+    each = _ctc(log, text, heard, lengths, blank) / lengths.to(scores.device)
+    return each, (given.detach().exp() - apart).transpose(0, 1)
+
+
+def _ctc(log: Tensor, text: Tensor, heard: Tensor, lengths: Tensor, blank: int) -> Tensor:
+    return F.ctc_loss(log, text, heard.cpu(), lengths, blank, "none", zero_infinity=True)

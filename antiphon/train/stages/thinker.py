@@ -28,7 +28,7 @@ from antiphon.tokenizer import Tokenizer
 from antiphon.train.copying import begin_copying
 from antiphon.train.data import Example, batches, pad, read_cuts
 from antiphon.train.loop import Figures, Loss
-from antiphon.train.losses import ctc_per_token, likeness
+from antiphon.train.losses import ctc_and_ways, likeness
 from antiphon.train.recipe import Source, read_fields
 from antiphon.train.stages.aut import IGNORED, begin
 from antiphon.train.stages.common import Setting
@@ -44,7 +44,8 @@ class ThinkerOptions:
     windows: tuple[int, ...] = (1, 2, 4, 8)
     validated: int = 200  # conversations per manifest
     answer: float = 1.0  # weight of what the assistant says; with 0 the Thinker lends its embeddings only
-    spell: float = 0.0  # weight of reading the transcript off the encoder's rows, see `spelling_loss`
+    spell: float = 0.0  # weight of reading the transcript off the encoder's rows, see `spelling_losses`
+    match: float = 0.0  # weight of these rows being the embeddings that they read like
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class ThinkerStage:
         return embed_talks(self.thinker, self.aut, batch, hear_talks(self.aut, batch, self.device), self.device)
 
     def loss(self, player: str, batch: TalkBatch, step: int) -> Loss:
-        """Cross-entropy over what the assistant says, and what `spelling_loss` adds to it."""
+        """Cross-entropy over what the assistant says, and what `spelling_losses` add to it."""
         figures: dict[str, Tensor] = {}
         with self.plan.autocast(self.device):
             heard = hear_talks(self.aut, batch, self.device)
@@ -116,8 +117,9 @@ class ThinkerStage:
             answering, figures["accuracy"] = self.answering(batch, heard)
             total, figures["answering"] = total + self.options.answer * answering, answering
         if self.options.spell and heard is not None:
-            spelling = spelling_loss(self.thinker, self.aut, heard, batch, self.config.audio_token_id)
-            total, figures["spelling"] = total + self.options.spell * spelling, spelling
+            spelling, apart = spelling_losses(self.thinker, self.aut, heard, batch, self.config.audio_token_id)
+            total = total + self.options.spell * spelling + self.options.match * apart
+            figures |= {"spelling": spelling, "apart": apart}
         return Loss(total, {name: value.detach() for name, value in {"loss": total, **figures}.items()})
 
     def answering(self, batch: TalkBatch, heard: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -217,19 +219,27 @@ def embed_talks(thinker: Thinker, aut: AuT, batch: TalkBatch, heard: Tensor | No
     return x.masked_scatter(batch.audio.to(device)[..., None], rows.to(x.dtype))
 
 
-def spelling_loss(thinker: Thinker, aut: AuT, heard: Tensor, batch: TalkBatch, blank: int) -> Tensor:
-    """CTC per text token of the clips that are speech, a row's scores being its likeness to the Thinker's embeddings.
+def spelling_losses(thinker: Thinker, aut: AuT, heard: Tensor, batch: TalkBatch, blank: int) -> tuple[Tensor, Tensor]:
+    """Two ways of asking that the encoder's rows read like the text of the clips that are speech.
 
-    So the encoder learns to give rows that read like the text, with the audio token's own embedding as the blank, and
-    the Thinker can copy and answer what it hears with what it learnt from text (the task "heard").
+    CTC per text token, a row's scores being its likeness to the Thinker's embeddings, with the audio token's own
+    embedding as the blank. It does not say how long a row is nor what it has beside: rows that spell well were five
+    times as long as embeddings and mostly something else, so the Thinker made nothing of them. Hence also how far rows
+    are from the embeddings they stand for on the ways that spell the text, over how far embeddings are from their mean.
+    With both, what the Thinker learnt to copy and to answer from text (the task "heard") is used on sound.
     """
     spoken = batch.lengths > 0
     if not spoken.any():
-        return heard.sum() * 0
-    table = thinker.model.embed_tokens.weight
-    scores = likeness(heard[spoken.to(heard.device)], table)
-    rows = rows_of(aut, batch)[spoken]
-    return ctc_per_token(scores, batch.text[spoken], rows, batch.lengths[spoken], blank).mean()
+        return heard.sum() * 0, heard.sum() * 0
+    table, rows = thinker.model.embed_tokens.weight, rows_of(aut, batch)[spoken]
+    own = heard[spoken.to(heard.device)]
+    text, lengths = batch.text[spoken], batch.lengths[spoken]
+    spelling, ways = ctc_and_ways(likeness(own, table), text, rows, lengths, blank)
+    with torch.no_grad():
+        wanted, spread = ways @ table, (table - table.mean(0)).square().sum(1).mean()
+    real = torch.arange(own.shape[1], device=own.device) < rows.to(own.device)[:, None]
+    apart = (own - wanted).square().sum(-1)[real].mean() / spread
+    return spelling.mean(), apart
 
 
 def last_answer(talk: Talk) -> int:
