@@ -31,7 +31,7 @@ from antiphon.train.losses import likeness
 from antiphon.train.recipe import Recipe, read_fields
 from antiphon.train.stages.codec import CODEC_SIZES
 from antiphon.train.stages.common import Setting
-from antiphon.train.stages.speech import SpeechStage, spoken_in
+from antiphon.train.stages.speech import SpeechStage, spoken_in, swap_residuals
 from antiphon.train.stages.thinker import ThinkerStage, collate_talks, read_talk, spelling_losses
 from antiphon.train.talks import lay_out
 from tests.models import CPU, IDS, VOCAB, config_json, omni, script
@@ -281,6 +281,19 @@ def test_the_talker_learns_which_token_it_said_last(place, tmp_path):
     assert stage.loss("speech", batch, 0).figures["following"] < 0.85 * before.figures["following"]
     unknown = replace(batch, answers=[replace(a, places=None) for a in batch.answers])
     assert stage.loss("speech", unknown, 0).figures["following"] == 0
+
+
+def test_residual_codes_are_swapped_between_frames_of_one_code():
+    codes = torch.cat([torch.arange(40)[:, None] % 4, torch.arange(40)[:, None].expand(-1, 3)], 1)
+    codes[-1, 0] = 9  # the only one of its kind
+    made = swap_residuals(codes, 1.0, torch.Generator().manual_seed(0))
+    assert torch.equal(made[:, 0], codes[:, 0])
+    assert (made[:, 1:] == made[:, 1:2]).all()  # a frame's codes stay together
+    assert torch.equal(made[:, 1].sort().values[-1:], codes[-1:, 1])
+    moved = made[:-1, 1] != codes[:-1, 1]
+    assert moved.float().mean() > 0.8
+    assert torch.equal(codes[made[:-1, 1], 0], codes[:-1, 0])
+    assert torch.equal(swap_residuals(codes, 0.0, torch.Generator().manual_seed(0)), codes)
 
 
 def test_frames_that_are_not_fed_back_tell_nothing(place):

@@ -58,6 +58,7 @@ class SpeechOptions:
     follow: float = 0.0  # weight of reading off the Talker's states which token was said last
     followed: int = 20000  # answers at most for which that is looked up
     deaf: float = 0.0  # share of the frames that are not fed back in training: the text has to tell what comes next
+    swapped: float = 0.0  # share of the frames fed back with the residual codes of another frame, see `swap_residuals`
     reference: float = 3.0  # seconds of another recording that the voice is taken from
     validated: int = 64  # answers per manifest
 
@@ -185,6 +186,10 @@ class SpeechStage:
         """The Talker's input [P, W] of each answer: the prompt, then a position per frame."""
         voices = self.speaker(batch.mel.to(self.device), batch.frames)
         generator = torch.Generator().manual_seed(batch.seed)
+        fed = torch.cat([a.codes for a in batch.answers])
+        if self.speaker.training and self.options.swapped:
+            fed = swap_residuals(fed, self.options.swapped, generator)
+        fed_back = fed.to(self.device).split([len(a.codes) for a in batch.answers])
         accept: list[Tensor] = []
         if batch.talks is not None:
             with torch.no_grad():
@@ -192,7 +197,7 @@ class SpeechStage:
                 x = embed_talks(self.boxes.thinker, self.boxes.aut, batch.talks, heard, self.device)
                 states = self.boxes.thinker(x)[1]
             accept = list(states)
-        for answer, voice in zip(batch.answers, voices, strict=True):
+        for answer, voice, codes in zip(batch.answers, voices, fed_back, strict=True):
             talk, heard = answer.talk, None
             user: list[int] = []
             if talk is not None:
@@ -202,7 +207,7 @@ class SpeechStage:
             if heard is not None:
                 heard = F.pad(heard, (0, 0, 0, len(rows.text) - len(user)))
             x = self.boxes.embed_rows(rows, heard, voice[None])[0]
-            frames = self.boxes.speaking().frame_embedding(answer.codes.to(self.device))
+            frames = self.boxes.speaking().frame_embedding(codes)
             if self.speaker.training:
                 frames = frames * (torch.rand(len(frames), 1, generator=generator) >= self.options.deaf).to(frames)
             yield torch.cat([x[: -len(frames)], x[-len(frames) :] + frames])
@@ -314,6 +319,19 @@ def spoken_in(example: Example) -> list[Spoken]:
 def voice_of(spoken: Spoken) -> str:
     """The speaker of one supervision."""
     return spoken[0].cut.supervisions[spoken[1]].speaker
+
+
+def swap_residuals(codes: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Codes [T, Q] of which a share of the frames has the residual codes of another frame with the same code 0.
+
+    What MTP draws is about as far from what was recorded: residual codes have little to do with the text. A Talker that
+    is fed recorded ones only learns to hear in them where it is, and loses its text on its own.
+    """
+    order = torch.argsort(codes[:, 0] + torch.rand(len(codes), generator=generator))  # by code 0, else at random
+    others = torch.empty_like(order)
+    others[order] = order.roll(1)
+    swaps = (codes[others, 0] == codes[:, 0]) & (torch.rand(len(codes), generator=generator) < share)
+    return torch.where(swaps[:, None], codes[others], codes)
 
 
 def begin_speech(speech: nn.Module) -> None:

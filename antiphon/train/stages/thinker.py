@@ -35,6 +35,7 @@ from antiphon.train.stages.common import Setting
 from antiphon.train.talks import Talk, lay_out
 
 ANSWER = 64  # tokens of an answer in validation
+SHARP = 4.0  # of the scores that spell: where a row is sure, it need not be longer than an embedding to say so
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,7 @@ def spelling_losses(thinker: Thinker, aut: AuT, heard: Tensor, batch: TalkBatch,
     table, rows = thinker.model.embed_tokens.weight, rows_of(aut, batch)[spoken]
     own = heard[spoken.to(heard.device)]
     text, lengths = batch.text[spoken], batch.lengths[spoken]
-    spelling, ways = ctc_and_ways(likeness(own, table), text, rows, lengths, blank)
+    spelling, ways = ctc_and_ways(SHARP * likeness(own, table), text, rows, lengths, blank)
     with torch.no_grad():
         wanted, spread = ways @ table, (table - table.mean(0)).square().sum(1).mean()
     real = torch.arange(own.shape[1], device=own.device) < rows.to(own.device)[:, None]
