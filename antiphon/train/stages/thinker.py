@@ -46,6 +46,7 @@ class ThinkerOptions:
     validated: int = 200  # conversations per manifest
     answer: float = 1.0  # weight of what the assistant says; with 0 the Thinker lends its embeddings only
     spell: float = 0.0  # weight of reading the transcript off the encoder's rows, see `spelling_losses`
+    blur: float = 0.0  # noise on what is "heard" in training, at most, over how far embeddings are from their mean
     match: float = 0.0  # weight of these rows being the embeddings that they read like
 
 
@@ -115,7 +116,7 @@ class ThinkerStage:
             heard = hear_talks(self.aut, batch, self.device)
         total = torch.zeros((), device=self.device)
         if self.options.answer:
-            answering, figures["accuracy"] = self.answering(batch, heard)
+            answering, figures["accuracy"] = self.answering(batch, heard, step)
             total, figures["answering"] = total + self.options.answer * answering, answering
         if self.options.spell and heard is not None:
             spelling, apart = spelling_losses(self.thinker, self.aut, heard, batch, self.config.audio_token_id)
@@ -123,14 +124,31 @@ class ThinkerStage:
             figures |= {"spelling": spelling, "apart": apart}
         return Loss(total, {name: value.detach() for name, value in {"loss": total, **figures}.items()})
 
-    def answering(self, batch: TalkBatch, heard: Tensor | None) -> tuple[Tensor, Tensor]:
+    def answering(self, batch: TalkBatch, heard: Tensor | None, step: int) -> tuple[Tensor, Tensor]:
         """Cross-entropy over what the assistant says, and the share of its tokens that are the likeliest."""
         learnt = (batch.wanted != IGNORED).to(self.device)
         wanted = batch.wanted.to(self.device)[learnt]
         with self.plan.autocast(self.device):
-            hidden, _ = self.thinker(embed_talks(self.thinker, self.aut, batch, heard, self.device))
+            x = embed_talks(self.thinker, self.aut, batch, heard, self.device)
+            if self.options.blur and self.thinker.training:
+                x = x + self.blurs(batch, step)
+            hidden, _ = self.thinker(x)
             logits = self.thinker.logits(hidden[learnt])
         return F.cross_entropy(logits.float(), wanted), (logits.argmax(-1) == wanted).float().mean()
+
+    def blurs(self, batch: TalkBatch, step: int) -> Tensor:
+        """Noise [B, T, U] where something is "heard", as loud as a draw for each conversation says.
+
+        An encoder's rows are not embeddings to the last digit, and a Thinker that only knows those reads no others.
+        """
+        opened = (batch.ids == self.config.audio_start_token_id).cumsum(1)
+        closed = (batch.ids == self.tokenizer.audio_end_token_id).cumsum(1)
+        inside = (opened > closed) & (batch.ids != self.config.audio_start_token_id) & ~batch.audio
+        table, generator = self.thinker.model.embed_tokens.weight, torch.Generator().manual_seed(step)
+        deviation = (table - table.mean(0)).square().mean().sqrt().detach()
+        loud = self.options.blur * torch.rand(len(batch.ids), 1, generator=generator) * inside
+        noise = torch.randn(*batch.ids.shape, table.shape[1], generator=generator)
+        return (loud.sqrt()[..., None] * noise).to(self.device) * deviation
 
     def validate(self) -> Figures:
         """Share of wrong answers over all manifests, then by manifest; answers are compared as normalized text."""
