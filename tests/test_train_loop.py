@@ -771,11 +771,12 @@ def test_what_is_kept_beside_recipes_stands_in_for_runs(tmp_path):
     (runs / "tokenizer" / "config.json").write_text("{}")
     torch.manual_seed(0)
     tensors = {"a.weight": torch.randn(4, 3), "a.bias": torch.randn(4), "a.huge": torch.full((2, 2), 1e6)}
+    tensors["c.d.bias"] = torch.randn(2)
     write_safetensors(runs / "one" / BEST, tensors | {"b.bias": torch.zeros(1)}, {"run": "first"})
-    (path,) = keep(recipes, runs, ["one:a"])
+    (path,) = keep(recipes, runs, ["one:a,c.d"])
     kept = read_safetensors(path)
     assert list(kept) == list(tensors)
-    assert [t.dtype for t in kept.values()] == [torch.float16, torch.float32, torch.float32]
+    assert [t.dtype for t in kept.values()] == [torch.float16, *3 * [torch.float32]]
     put_back(recipes, tmp_path / "elsewhere")
     again = read_safetensors(tmp_path / "elsewhere" / "one" / BEST)
     assert all(t.dtype == torch.float32 and torch.allclose(t, tensors[n], rtol=1e-3) for n, t in again.items())

@@ -33,7 +33,7 @@ from antiphon.train.stages.codec import CODEC_SIZES
 from antiphon.train.stages.common import Setting
 from antiphon.train.stages.speech import SpeechStage, spoken_in, swap_residuals
 from antiphon.train.stages.thinker import ThinkerStage, collate_talks, read_talk, spelling_losses
-from antiphon.train.talks import lay_out
+from antiphon.train.talks import lay_out, with_blanks
 from tests.models import CPU, IDS, VOCAB, config_json, omni, script
 from tests.models import sound as exact_sound
 from tests.test_train_codec import CODEC, FRAME, RATE
@@ -153,6 +153,14 @@ def test_tasks_ask_and_answer(stage):
         assert talk.ids[:2] == TurnWriter(MODEL.tokenizer).open("user")
 
 
+def test_equal_tokens_have_a_blank_between_them_and_silence_has_none_but_blanks():
+    for name in map(str, range(40)):
+        spaced = with_blanks([5, 5, 7, 7, 7], 0, name)
+        assert [i for i, before in zip(spaced, [0, *spaced], strict=False) if i not in (before, 0)] == [5, 5, 7, 7, 7]
+        assert spaced == with_blanks([5, 5, 7, 7, 7], 0, name)
+        assert not any(with_blanks([], 0, name))
+
+
 def test_what_is_heard_perfectly_is_the_text_with_blanks(stage):
     """The task "heard" needs no sound, and differs from a real conversation in the places of its clips only."""
     (example,) = examples(stage, "talk")
@@ -171,7 +179,10 @@ def test_what_is_heard_perfectly_is_the_text_with_blanks(stage):
         ends = [i for i, token in enumerate(ids) if token == end]
         return [ids[ids.index(start, before) + 1 : stop] for before, stop in zip([0, *ends], ends, strict=False)]
 
-    assert [[i for i in clip if i != blank] for clip in clips(heard.ids)] == real.texts
+    read = [
+        [i for i, before in zip(c, [blank, *c], strict=False) if i not in (before, blank)] for c in clips(heard.ids)
+    ]
+    assert read == real.texts
     assert MODEL.tokenizer.decode(real.texts[0]) == SAYINGS[0]
     assert blank in clips(heard.ids)[0]
     assert all(set(clip) == {blank} for clip in clips(real.ids))

@@ -1,6 +1,6 @@
 """Weights of finished runs beside their recipes, in half precision: later stages can be trained without the earlier.
 
-    python -m antiphon.train.keep recipes/tiny runs/tiny broad codec:codec code2wav:code2wav
+    python -m antiphon.train.keep recipes/tiny runs/tiny hearing:aut codec:codec,head
 
 writes recipes/tiny/trained/NAME.safetensors, and `antiphon train` puts them where the runs would be, unless these have
 been trained there.
@@ -26,14 +26,14 @@ LARGEST = 6e4  # a float16 holds 65504
 def keep(recipes: Path, runs: Path, names: list[str]) -> list[Path]:
     """Write the best weights of runs, and the tokenizer they were trained with, beside the recipes.
 
-    A name is that of a run, or RUN:MODULE for one of its modules alone.
+    A name is that of a run, or RUN:MODULE,MODULE for some of its modules alone.
     """
     kept, written = recipes / KEPT, list[Path]()
     kept.mkdir(exist_ok=True)
     shutil.copytree(runs / TOKENIZER, kept / TOKENIZER, dirs_exist_ok=True)
-    for run, _, module in (name.partition(":") for name in names):
-        best, prefix = runs / run / BEST, f"{module}." if module else ""
-        tensors = {n: halved(t) for n, t in read_safetensors(best).items() if n.startswith(prefix)}
+    for run, _, modules in (name.partition(":") for name in names):
+        best, chosen = runs / run / BEST, tuple(f"{m}." if m else "" for m in modules.split(","))
+        tensors = {n: halved(t) for n, t in read_safetensors(best).items() if n.startswith(chosen)}
         written.append(kept / f"{run}.safetensors")
         write_safetensors(written[-1], tensors, {"run": read_metadata(best, "run")})
     return written

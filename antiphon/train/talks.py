@@ -6,7 +6,8 @@ clip, and its task makes the messages: a question to the clip and the answer tha
     cut ── task ──> messages ── TurnWriter, as in inference ──> ids, clips, said
 
 With the task "heard" nothing is listened to: in the place of a clip stands what an encoder would give that hears
-perfectly, its text token by token with blanks between. So the Thinker learns to listen before there is an encoder.
+perfectly, its text token by token with blanks between, some of them twice. So the Thinker learns to listen before there
+is an encoder.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from antiphon.transcripts import PROMPTS
 Message = Mapping[str, Any]
 WHICH_LANGUAGE = "Which language is this?"
 DESCRIBE = "What do you hear?"
-BLANKS = 3  # at most, after each token of what is heard; a token is said in two or three frames
+BLANKS = 6  # at most, after each token of what is heard, in the slowest speech
+TWICE = 0.3  # of the tokens are in two rows
 
 
 @dataclass
@@ -144,12 +146,13 @@ def lay_out(example: Example, tokenizer: Tokenizer, tokens: Callable[[int], int]
 
 
 def with_blanks(ids: Sequence[int], blank: int, name: str) -> list[int]:
-    """Ids with up to `BLANKS` blanks before, between and after them, the same for the same name."""
+    """Ids as an encoder spells them: some twice, and blanks, more in slow speech; the same for the same name."""
     draw = np.random.Generator(np.random.Philox(zlib.crc32(name.encode())))
-    first, *counts = draw.integers(BLANKS + 1, size=len(ids) + 1).tolist()
-    spaced = [blank] * first
-    for i, count in zip(ids, counts, strict=True):
-        spaced += [i, *[blank] * count]
+    most = draw.integers(1, BLANKS + 1)  # blanks after an id
+    spaced = [blank] * int(draw.integers(most + 1))
+    for i, following in zip(ids, [*ids[1:], blank], strict=False):
+        spaced += [i] * (1 + (draw.random() < TWICE))
+        spaced += [blank] * max(int(draw.integers(most + 1)), i == following)
     return spaced
 
 
