@@ -369,24 +369,28 @@ def test_the_encoder_learns_to_spell_while_the_thinker_lends_its_embeddings(plac
 
 
 def test_only_what_is_heard_is_blurred(place):
-    """As loud as asked for at most, another time in every step, the same in the same one."""
+    """Tokens in the place of a clip, another time in every step, the same in the same one; blanks and text stay."""
     heard = [{"cuts": "talk.jsonl.gz", "task": "heard"}, {"cuts": "say.jsonl.gz", "task": "transcribe"}]
-    stage = ThinkerStage(setting(place, "blurred", {"thinker": "thinker", "aut": "thinker"}, heard, blur=4.0))
+    stage = ThinkerStage(setting(place, "blurred", {"thinker": "thinker", "aut": "thinker"}, heard, blur=1.0))
     talks = [stage.read(e) for row in stage.mix.cells for cell in row for e in cell]
     batch = stage.collate(talks, 8)
-    noise = stage.blurs(batch, 3)
-    assert torch.equal(noise, stage.blurs(batch, 3))
-    assert not torch.equal(noise, stage.blurs(batch, 4))
+    x = stage.thinker.embed(batch.ids)
+    made = stage.blurred(x, batch, 0)
+    assert torch.equal(made, stage.blurred(x, batch, 0))
+    assert not torch.equal(made, stage.blurred(x, batch, 4))
     start, stop = MODEL.config.audio_start_token_id, MODEL.tokenizer.audio_end_token_id
-    for talk, row in zip(talks, noise.norm(dim=-1), strict=True):
+    for talk, row in zip(talks, (made - x).norm(dim=-1), strict=True):
         inside = [talk.ids[:at].count(start) > talk.ids[: at + 1].count(stop) for at in range(len(talk.ids))]
         wanted = torch.tensor(inside) & ~torch.tensor(talk.sound)
+        wanted &= torch.tensor(talk.ids) != MODEL.config.audio_token_id
         assert torch.equal(row[: len(talk.ids)] > 0, wanted)
         assert not row[len(talk.ids) :].any()
     spread = stage.thinker.model.embed_tokens.weight.var(0).mean()
-    loud = [(n.square().sum() / (n != 0).sum() / spread).item() for n in (stage.blurs(batch, i) for i in range(30))]
-    assert max(loud) < 4.5
-    assert 1.2 < np.mean(loud) < 2.8
+    apart = [
+        (n.square().sum() / (n != 0).sum() / spread).item() for n in (stage.blurred(x, batch, i) - x for i in range(30))
+    ]
+    assert 0.3 < np.mean(apart) < 1.2
+    assert max(apart) < 2.5
 
 
 def test_stages_train_and_export_a_checkpoint_that_speaks(place, tmp_path):

@@ -30,7 +30,7 @@ from antiphon.transcripts import PROMPTS
 Message = Mapping[str, Any]
 WHICH_LANGUAGE = "Which language is this?"
 DESCRIBE = "What do you hear?"
-BLANKS = 6  # at most, after each token of what is heard, in the slowest speech
+BLANKS = 12  # at most, after each token of what is heard, in the slowest speech: a second of it gives 13 rows
 TWICE = 0.3  # of the tokens are in two rows
 
 
