@@ -31,7 +31,7 @@ from antiphon.train.losses import likeness
 from antiphon.train.recipe import Recipe, read_fields
 from antiphon.train.stages.codec import CODEC_SIZES
 from antiphon.train.stages.common import Setting
-from antiphon.train.stages.speech import SpeechStage, spoken_in, swap_residuals
+from antiphon.train.stages.speech import SpeechStage, spoken_in
 from antiphon.train.stages.thinker import ThinkerStage, collate_talks, read_talk, spelling_losses
 from antiphon.train.talks import lay_out, with_blanks
 from tests.models import CPU, IDS, VOCAB, config_json, omni, script
@@ -294,17 +294,31 @@ def test_the_talker_learns_which_token_it_said_last(place, tmp_path):
     assert stage.loss("speech", unknown, 0).figures["following"] == 0
 
 
-def test_residual_codes_are_swapped_between_frames_of_one_code():
-    codes = torch.cat([torch.arange(40)[:, None] % 4, torch.arange(40)[:, None].expand(-1, 3)], 1)
-    codes[-1, 0] = 9  # the only one of its kind
-    made = swap_residuals(codes, 1.0, torch.Generator().manual_seed(0))
-    assert torch.equal(made[:, 0], codes[:, 0])
-    assert (made[:, 1:] == made[:, 1:2]).all()  # a frame's codes stay together
-    assert torch.equal(made[:, 1].sort().values[-1:], codes[-1:, 1])
-    moved = made[:-1, 1] != codes[:-1, 1]
-    assert moved.float().mean() > 0.8
-    assert torch.equal(codes[made[:-1, 1], 0], codes[:-1, 0])
-    assert torch.equal(swap_residuals(codes, 0.0, torch.Generator().manual_seed(0)), codes)
+def test_frames_are_fed_back_as_the_talker_draws_them(place):
+    """Some frames, another share of them in each answer, have codes drawn from scores; the others stay as recorded."""
+    init = {"thinker": "thinker", "aut": "thinker", "codec": "codec"}
+    stage = SpeechStage(
+        setting(place, "drawn", init, [{"cuts": "say.jsonl.gz", "task": "say"}], speaker=SPEAKER, drawn=0.5)
+    )
+    speech = stage.boxes.speaking()
+    codes = torch.zeros(4000, speech.mtp.codebooks, dtype=torch.long)
+    before = torch.randn(len(codes) + 1, stage.talker_config.text.hidden_size)
+    shares = []
+    for seed in range(8):
+        made = stage.drawn(codes, before, torch.Generator().manual_seed(seed))
+        assert torch.equal(made, stage.drawn(codes, before, torch.Generator().manual_seed(seed)))
+        moved = (made != codes).any(1)
+        shares.append(float(moved.float().mean()))
+        seen = torch.bincount(made[moved, 0], minlength=speech.mtp.config.vocab_size) / len(codes)
+        chances = speech.talker.codec_head(before[:-1])[:, : len(seen)].softmax(-1).mean(0) * shares[-1]
+        assert (seen - chances)[1:].abs().max() < 0.03
+    assert min(shares) < 0.3
+    assert max(shares) > 0.7
+    batch = stage.batch(0)
+    fed = stage.modules.train() and stage.scores(batch)
+    recorded = stage.modules.eval() and stage.scores(batch)
+    assert torch.equal(fed[1], recorded[1])  # what is wanted is what was recorded
+    assert not torch.equal(fed[0], recorded[0])
 
 
 def test_frames_that_are_not_fed_back_tell_nothing(place):

@@ -15,7 +15,7 @@ Shapes: B answers, P positions, T frames, Q codebooks, U the Thinker's width, W 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -58,7 +58,7 @@ class SpeechOptions:
     follow: float = 0.0  # weight of reading off the Talker's states which token was said last
     followed: int = 20000  # answers at most for which that is looked up
     deaf: float = 0.0  # share of the frames that are not fed back in training: the text has to tell what comes next
-    swapped: float = 0.0  # share of the frames fed back with the residual codes of another frame, see `swap_residuals`
+    drawn: float = 0.0  # share of the frames fed back as the Talker and MTP draw them themselves, see `drawn`
     reference: float = 3.0  # seconds of another recording that the voice is taken from
     validated: int = 64  # answers per manifest
 
@@ -182,14 +182,9 @@ class SpeechStage:
         reply = next(r for r in talk.replies if r.supervision == chosen[1])
         return Answer(talk.ids[reply.start : reply.stop], codes, reference, talk.before(reply.start), said)
 
-    def inputs(self, batch: SpeechBatch) -> Iterator[Tensor]:
-        """The Talker's input [P, W] of each answer: the prompt, then a position per frame."""
+    def prompts(self, batch: SpeechBatch) -> list[Tensor]:
+        """The Talker's input [P, W] of each answer but for the codes: the prompt, then a position per frame."""
         voices = self.speaker(batch.mel.to(self.device), batch.frames)
-        generator = torch.Generator().manual_seed(batch.seed)
-        fed = torch.cat([a.codes for a in batch.answers])
-        if self.speaker.training and self.options.swapped:
-            fed = swap_residuals(fed, self.options.swapped, generator)
-        fed_back = fed.to(self.device).split([len(a.codes) for a in batch.answers])
         accept: list[Tensor] = []
         if batch.talks is not None:
             with torch.no_grad():
@@ -197,7 +192,8 @@ class SpeechStage:
                 x = embed_talks(self.boxes.thinker, self.boxes.aut, batch.talks, heard, self.device)
                 states = self.boxes.thinker(x)[1]
             accept = list(states)
-        for answer, voice, codes in zip(batch.answers, voices, fed_back, strict=True):
+        prompts = []
+        for answer, voice in zip(batch.answers, voices, strict=True):
             talk, heard = answer.talk, None
             user: list[int] = []
             if talk is not None:
@@ -206,28 +202,55 @@ class SpeechStage:
             rows = talker_prompt(self.config, user, self.newline, CLONED, answer.text, len(answer.codes))
             if heard is not None:
                 heard = F.pad(heard, (0, 0, 0, len(rows.text) - len(user)))
-            x = self.boxes.embed_rows(rows, heard, voice[None])[0]
-            frames = self.boxes.speaking().frame_embedding(codes)
-            if self.speaker.training:
-                frames = frames * (torch.rand(len(frames), 1, generator=generator) >= self.options.deaf).to(frames)
-            yield torch.cat([x[: -len(frames)], x[-len(frames) :] + frames])
+            prompts.append(self.boxes.embed_rows(rows, heard, voice[None])[0])
+        return prompts
+
+    def hidden(self, prompts: Sequence[Tensor], frames: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The Talker's states of each answer with embedded frames [T, W] fed back.
+
+        At the top those [T + 1, W] before every frame and the end, halfway up those [T, W] at the frames.
+        """
+        x, _ = pad([torch.cat([p[: -len(f)], p[-len(f) :] + f]) for p, f in zip(prompts, frames, strict=True)])
+        talker = self.boxes.speaking().talker.model
+        sizes = [(len(p), len(f)) for p, f in zip(prompts, frames, strict=True)]
+        top, halfway = talker(x, tap=len(talker.layers) // 2)
+        before = [row[n - frames - 1 : n] for row, (n, frames) in zip(top, sizes, strict=True)]
+        return before, [row[n - frames : n] for row, (n, frames) in zip(halfway, sizes, strict=True)]
 
     def scores(self, batch: SpeechBatch) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Talker's states [n, W] before every frame and the end, and codes [n, Q] that follow, -1 for the end.
 
         Also the states [T, W] halfway up at the frames of each answer.
         """
-        inputs = list(self.inputs(batch))
-        x, _ = pad(inputs)
-        talker = self.boxes.speaking().talker.model
-        hidden, halfway = talker(x, tap=len(talker.layers) // 2)
-        states, codes, heard = [], [], []
-        for row, half, own, answer in zip(hidden, halfway, inputs, batch.answers, strict=True):
-            frames = len(answer.codes)
-            states.append(row[len(own) - frames - 1 : len(own)])
-            heard.append(half[len(own) - frames : len(own)])
-            codes.append(F.pad(answer.codes, (0, 0, 0, 1), value=-1))
-        return torch.cat(states), torch.cat(codes).to(self.device), heard
+        prompts, recorded = self.prompts(batch), [a.codes.to(self.device) for a in batch.answers]
+        embed, generator = self.boxes.speaking().frame_embedding, torch.Generator().manual_seed(batch.seed)
+        frames = [embed(codes) for codes in recorded]
+        if self.speaker.training:
+            if self.options.drawn:
+                with torch.no_grad():
+                    before = self.hidden(prompts, frames)[0]
+                frames = [embed(self.drawn(*both, generator)) for both in zip(recorded, before, strict=True)]
+            frames = [f * (torch.rand(len(f), 1, generator=generator) >= self.options.deaf).to(f) for f in frames]
+        states, halfway = self.hidden(prompts, frames)
+        return torch.cat(states), torch.cat([F.pad(codes, (0, 0, 0, 1), value=-1) for codes in recorded]), halfway
+
+    @torch.no_grad()
+    def drawn(self, codes: Tensor, before: Tensor, generator: torch.Generator) -> Tensor:
+        """Codes [T, Q] of which a share of the frames is what is drawn from states [T + 1, W] after recorded frames.
+
+        What is drawn is often not what was recorded, residual codes nearly always. A Talker that is fed recorded ones
+        only learns to hear in them where it is, and loses its text on its own. The share is between none and twice
+        `options.drawn`, another for each answer.
+        """
+        speech = self.boxes.speaking()
+        share = 2 * self.options.drawn * torch.rand(1, generator=generator)
+        chosen = (torch.rand(len(codes), generator=generator) < share).nonzero()[:, 0].to(codes.device)
+        if not len(chosen):
+            return codes
+        states, kinds = before[chosen], speech.mtp.config.vocab_size
+        first = draw(speech.talker.codec_head(states)[:, :kinds], generator)
+        rest = speech.mtp.logits(states, speech.talker.model.codec_embedding(first), codes[chosen, 1:])
+        return codes.index_copy(0, chosen, torch.cat([first[:, None], draw(rest, generator)], 1))
 
     def loss(self, player: str, batch: SpeechBatch, step: int) -> Loss:
         """Cross-entropy of codebook 0 and the end over all frames, and of the other codebooks over a share of them."""
@@ -321,17 +344,10 @@ def voice_of(spoken: Spoken) -> str:
     return spoken[0].cut.supervisions[spoken[1]].speaker
 
 
-def swap_residuals(codes: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Codes [T, Q] of which a share of the frames has the residual codes of another frame with the same code 0.
-
-    What MTP draws is about as far from what was recorded: residual codes have little to do with the text. A Talker that
-    is fed recorded ones only learns to hear in them where it is, and loses its text on its own.
-    """
-    order = torch.argsort(codes[:, 0] + torch.rand(len(codes), generator=generator))  # by code 0, else at random
-    others = torch.empty_like(order)
-    others[order] = order.roll(1)
-    swaps = (codes[others, 0] == codes[:, 0]) & (torch.rand(len(codes), generator=generator) < share)
-    return torch.where(swaps[:, None], codes[others], codes)
+def draw(scores: Tensor, generator: torch.Generator) -> Tensor:
+    """Codes [..] drawn from scores [.., V]."""
+    chances = scores.float().softmax(-1).cpu()
+    return torch.multinomial(chances.flatten(0, -2), 1, generator=generator).view(scores.shape[:-1]).to(scores.device)
 
 
 def begin_speech(speech: nn.Module) -> None:
