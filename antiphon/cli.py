@@ -34,6 +34,7 @@ from antiphon.terminal import (
     TextLimit,
     VoiceOption,
     WindowOption,
+    check_sound,
     escaped,
     load_model,
     play,
@@ -41,7 +42,7 @@ from antiphon.terminal import (
     say,
 )
 from antiphon.train import commands
-from antiphon.transcripts import FORMATS, HEARD, SPOKEN, check_language, transcribe
+from antiphon.transcripts import FORMATS, HEARD, SPOKEN, SUBTITLES, check_language, longest_piece, transcribe
 from antiphon.weights import find_checkpoint, outline, released_names
 
 app = typer.Typer(
@@ -174,19 +175,20 @@ def talk(
     omni = load_model(model, device, dtype)
     speaker = speaker_of(omni, voice, clone)
     session = omni.session(system, window=window)
+    if heard:
+        said = transcribe(omni, samples, rate, window=window)
+        say.print(f"[bold]heard[/]   {escaped(said.text)}", soft_wrap=True)
     session.append_audio(samples, rate)
     if prompt:
         session.append_text(prompt)
-    if heard:
-        said = transcribe(omni, samples, rate, window=window, longest=longest_piece(omni))
-        say.print(f"[bold]heard[/]   {escaped(said.text)}", soft_wrap=True)
     say.print("[bold]answer[/]  ", end="")
     speaks = omni.speech is not None
     options = Options(speaker, speaks, seed, max_text_tokens=max_text_tokens, max_frames=max_frames)
     reply = play(session.respond(options), output)
-    report_line(reply)
+    report_line(reply, voice_name(omni, voice, clone))
     if report is not None:
         write_report(report, session, samples, rate, reply, f"{audio or 'microphone'} · {model}")
+    check_sound(reply, output)
     if len(reply.audio) and output is None:
         say.print("its sound was not kept: -o reply.wav writes it to a file, -o - to standard output")
 
@@ -237,6 +239,8 @@ def transcribe_command(
     if out is not None and not out.is_dir():
         raise InputError(f"{out} is no folder; make it first")
     omni = load_model(model, device, dtype)
+    if form in SUBTITLES:
+        say.print(f"times are of whole pieces of up to {longest_piece(omni):g} s, not of words")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -253,7 +257,6 @@ def transcribe_command(
                     *read_audio(source),
                     language=language,
                     window=window,
-                    longest=longest_piece(omni),
                     max_text_tokens=max_text_tokens,
                     progress=lambda done, of, bar=bar: progress.update(bar, completed=done, total=of),
                 )
@@ -302,7 +305,8 @@ def speak(
     reply = play(omni.speak(words, voice=speaker_of(omni, voice, clone), seed=seed, max_frames=max_frames), output)
     if not reply.text_ids:
         raise InputError("there was nothing to say on standard input; give some text")
-    report_line(reply)
+    report_line(reply, voice_name(omni, voice, clone))
+    check_sound(reply, output)
 
 
 app.command()(trace)
@@ -334,15 +338,16 @@ def speaker_of(model: Omni, voice: str | None, clone: str | None) -> str | torch
     return model.clone(*read_audio(clone))
 
 
-def longest_piece(model: Omni) -> float | None:
-    """Seconds of the longest recording that the checkpoint was trained on, where its config.json says so."""
-    return model.config.raw.get("longest_clip")
+def voice_name(model: Omni, voice: str | None, clone: str | None) -> str:
+    """What the voice that `speaker_of` chose is called."""
+    return f"cloned from {clone}" if clone is not None else voice or next(iter(model.voices), "")
 
 
 def record(rate: int = 16000) -> tuple[Samples, int]:
-    """Samples [N] from the microphone, until Enter is pressed.
+    """Samples [N] from the microphone, until Enter is pressed or standard input ends.
 
     Raises:
+        AudioError: it was over before anything was heard.
         InputError: there is no microphone, or no library to reach it.
     """
     try:
@@ -354,7 +359,8 @@ def record(rate: int = 16000) -> tuple[Samples, int]:
         with sounddevice.InputStream(
             rate, channels=1, dtype="float32", callback=lambda data, *_: heard.append(data[:, 0].copy())
         ):
-            input("listening; press Enter when the question is over ")
+            say.print("listening; press Enter when the question is over")
+            sys.stdin.readline()
     except sounddevice.PortAudioError as error:
         raise InputError(f"there is no microphone here ({error}); give a sound file") from None
     if not heard:

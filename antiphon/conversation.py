@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -25,6 +25,7 @@ from antiphon.chat import TurnWriter, assistant_text, system_text, tool_results_
 from antiphon.errors import AudioError, InputError
 from antiphon.files import read_metadata, read_safetensors, write_safetensors
 from antiphon.messages import parts_of, read_part, text_of, tool_call
+from antiphon.metrics import Phases
 from antiphon.model import Boxes
 from antiphon.talker import user_rows
 
@@ -111,6 +112,7 @@ class Conversation:
         self.window = window or model.config.audio.window_chunks
         self.generation = 0  # bumped by every answer and by cancel: work of an older one is void
         self.turn = 0
+        self.clock = Phases()  # of this turn; it hears before it is to answer
         self.ids: list[int] = []  # everything the Thinker has read or said
         place = (model.device, model.dtype)
         self.thinker = model.thinker.init_state(1, model.config.text.max_position_embeddings, *place)
@@ -170,7 +172,7 @@ class Conversation:
         if self.ear is None:
             self._add(self.writer.open_audio())
             self.ear = Ear(self.model, rate, self.window)
-        self._add_audio(self._grad_free(self.ear.hear, x))
+        self._add_audio(self._listen(self.ear.hear, x))
         self._prefill()
 
     def append_clip(self, samples: Any, rate: int) -> None:
@@ -180,7 +182,7 @@ class Conversation:
             AudioError: samples that are no sound.
         """
         self._settled()
-        self._add_clip(self._grad_free(self._encode, check_samples(samples, rate), rate))
+        self._add_clip(self._listen(self._encode, check_samples(samples, rate), rate))
 
     def _add_clip(self, features: Tensor) -> None:
         self._begin_turn()
@@ -204,7 +206,7 @@ class Conversation:
         role = message.get("role")
         if role == "user":
             read = [read_part(part) for part in parts_of(message)]
-            parts = [part if isinstance(part, str) else self._grad_free(self._encode, *part) for part in read]
+            parts = [part if isinstance(part, str) else self._listen(self._encode, *part) for part in read]
             self._begin_turn()
             for part in parts:
                 self.append_text(part) if isinstance(part, str) else self._add_clip(part)
@@ -248,9 +250,14 @@ class Conversation:
 
     def _end_clip(self) -> None:
         if self.ear is not None:
-            self._add_audio(self._grad_free(self.ear.hear, torch.zeros(0), True))
+            self._add_audio(self._listen(self.ear.hear, torch.zeros(0), True))
             self.ear = None
             self._add(self.writer.close_audio())
+
+    def _listen(self, hear: Callable[..., Tensor], *args: Any) -> Tensor:
+        """Audio embeddings [n, U] that `hear` makes of sound; the time that log-mel and AuT take is noted."""
+        with self.clock("aut"):
+            return self._grad_free(hear, *args)
 
     def _encode(self, samples: Samples, rate: int) -> Tensor:
         """Audio embeddings [n, U] of a whole clip [N]."""
@@ -367,6 +374,7 @@ class Conversation:
             setattr(new, name, list(getattr(self, name)))
         new.ear = self.ear and self.ear.copy()
         new.answer, new.writer = copy.deepcopy(self.answer), copy.copy(self.writer)
+        new.clock = copy.deepcopy(self.clock)
         return new
 
     @property

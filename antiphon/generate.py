@@ -117,14 +117,17 @@ class Session(Conversation):
         Raises:
             InputError: unknown voice, no Talker, or nothing was said.
         """
-        clock, options = Phases(), _options(options, changes)
+        self._settled()
+        self.clock.begin()
+        options = _options(options, changes)
         speaker = self._speaker(options)
-        with clock("prefill"):
+        self._end_clip()  # AuT has a lane of its own, so what is left of a clip is heard before the prompt is read
+        with self.clock("prefill"):
             self.commit()
         if not self.ids:
             raise InputError("there is nothing to answer; append audio, text or a message first")
         self.generation += 1
-        return self._respond(options, speaker, self.generation, clock)
+        return self._respond(options, speaker, self.generation, self.clock)
 
     def _speaker(self, options: Options) -> int | Tensor | None:
         """What goes into the speaker slot: a control id or a vector; None for no speech."""
@@ -141,6 +144,8 @@ class Session(Conversation):
     def _respond(
         self, options: Options, speaker: int | Tensor | None, generation: int, clock: Phases
     ) -> Iterator[Event]:
+        self._settled()
+        self._end_clip()
         with clock("prefill"):
             self.commit()  # what was said since `respond` was called belongs to the question
             self._add(self.writer.open_reply(), user=False)
@@ -169,6 +174,7 @@ class Session(Conversation):
         """Close the assistant's turn and cut the Talker back to the user's: answers are not in its prompt."""
         assert self.answer is not None
         self._answering = False
+        self.clock = Phases()
         self.answer.spoken_to_the_end = speech.finish == "stop"
         self._add([*thought.unread(), self.model.config.im_end_token_id, self.newline], user=False)
         if self.model.speech is not None:

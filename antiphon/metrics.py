@@ -45,10 +45,19 @@ class Phases:
     """Stopwatch of one turn: seconds by phase, every single run, and marks on the turn's clock."""
 
     def __init__(self) -> None:
-        self.start = time.perf_counter()
         self.phases: dict[str, Histogram] = {}
-        self.spans: list[Span] = []
+        self.runs: list[Span] = []  # on the process's clock
         self.marks: dict[str, float] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Start the turn's clock; what has run already stands at times below 0."""
+        self.start = time.perf_counter()
+
+    @property
+    def spans(self) -> list[Span]:
+        """Every single run on the turn's clock."""
+        return [Span(name, start - self.start, stop - self.start) for name, start, stop in self.runs]
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -59,7 +68,7 @@ class Phases:
         finally:
             end = time.perf_counter()
             self.phases.setdefault(name, Histogram()).add(end - begin)
-            self.spans.append(Span(name, begin - self.start, end - self.start))
+            self.runs.append(Span(name, begin, end))
 
     def mark(self, name: str) -> None:
         """Note when `name` first happened, in seconds since the turn began."""

@@ -110,16 +110,30 @@ def _endless_wav_header(rate: int) -> bytes:
     )
 
 
-def report_line(reply: Reply) -> None:
-    """What an answer cost: tokens, seconds of speech, the first sound, and milliseconds by phase."""
+def check_sound(reply: Reply, output: str | None) -> None:
+    """See that there was sound to write to `output`.
+
+    Raises:
+        InputError: there was none, so nothing was written; the sentence says why.
+    """
+    if output is None or len(reply.audio):
+        return
+    why = "the Talker ended at once" if reply.spoken_ids else "nothing in the answer is said aloud"
+    if not reply.sample_rate:
+        why = "this checkpoint answers in text"
+    place = "standard output" if output == "-" else output
+    raise InputError(f"there is no sound, and nothing was written to {place}: {why}")
+
+
+def report_line(reply: Reply, voice: str) -> None:
+    """What an answer cost: tokens, seconds of speech, the voice, the first sound, and milliseconds by phase."""
     t, seconds = reply.timings, len(reply.audio) / reply.sample_rate if reply.sample_rate else 0.0
     parts = [f"{len(reply.text_ids)} text tokens"]
     if seconds:
-        parts += [f"{seconds:.2f} s of speech", f"first sound after {1000 * t['first_audio']:.0f} ms"]
-        parts += [f"RTF {t['total'] / seconds:.2f}"]
-    parts += [
-        f"{name} {1000 * t[name]:.0f} ms" for name in ("prefill", "thinker", "talker", "mtp", "code2wav") if name in t
-    ]
+        parts += [f"{seconds:.2f} s of speech", f"voice {escaped(voice)}"]
+        parts += [f"first sound after {1000 * t['first_audio']:.0f} ms", f"RTF {t['total'] / seconds:.2f}"]
+    phases = ("aut", "prefill", "thinker", "talker", "mtp", "code2wav")
+    parts += [f"{name} {1000 * t[name]:.0f} ms" for name in phases if name in t]
     if reply.finish != "stop":
         parts.append("cut off at the limit" if reply.finish == "length" else reply.finish)
     say.print(" · ".join(parts), soft_wrap=True)

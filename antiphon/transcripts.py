@@ -68,12 +68,14 @@ def transcribe(
 ) -> Transcript:
     """Write down what is said in samples [N]; `progress` is told the seconds that are done, and all.
 
+    No piece is longer than `longest` seconds, or than what the checkpoint was trained on.
+
     Raises:
         AudioError: samples that are no sound. InputError: a language or window that there is not.
     """
     check_language(language, HEARD)
     pieces, finish = [], "stop"
-    for start, stop in cut_at_pauses(samples, rate, longest or LONGEST):
+    for start, stop in cut_at_pauses(samples, rate, longest or longest_piece(model)):
         session = model.session(window=window)
         session.append_clip(samples[start:stop], rate)
         session.append_text(PROMPTS.get(language, PROMPTS[""]))
@@ -82,6 +84,11 @@ def transcribe(
         finish = reply.finish if reply.finish != "stop" else finish
         progress(stop / rate, len(samples) / rate)
     return Transcript(pieces, len(samples) / rate, finish)
+
+
+def longest_piece(model: Omni) -> float:
+    """Seconds of the longest recording that is heard at once: what config.json says of training, where it does."""
+    return model.config.raw.get("longest_clip", LONGEST)
 
 
 def check_language(language: str, known: Sequence[str]) -> None:
@@ -141,3 +148,4 @@ def clock(seconds: float, point: str) -> str:
 
 
 FORMATS: dict[str, Callable[[Transcript], str]] = {"txt": as_text, "json": as_json, "srt": as_srt, "vtt": as_vtt}
+SUBTITLES = ("srt", "vtt")  # forms that players take to be timed by the word

@@ -1,5 +1,6 @@
 """The command line: results on standard output, one sentence on errors, flags that scripts rely on."""
 
+import contextlib
 import io
 import json
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 import typer
 
 from antiphon import cli
@@ -15,6 +17,8 @@ from antiphon.audio import write_audio
 from antiphon.evaluate import commands
 from antiphon.evaluate.stages import STAGES
 from antiphon.files import read_metadata, read_safetensors, write_safetensors
+from antiphon.generate import Omni, load
+from tests.models import script, stop_speech_after
 from tests.shapes import write_shape
 
 
@@ -119,6 +123,122 @@ def test_talk_and_transcribe(monkeypatch, capsys, checkpoint, question, tmp_path
     lines = [json.loads(line) for line in out.splitlines()]
     assert [line["file"] for line in lines] == [str(question)] * 2  # the good files are written down all the same
     assert "nothing.wav" in err
+
+
+@pytest.mark.parametrize(
+    ("form", "start", "times"),
+    [
+        ("txt", "{file}\tone\n", 0),
+        ("json", '{{"file": "{file}", "text": "one", "seconds": 1.0, ', 0),
+        ("srt", "1\n00:00:00,000 --> 00:00:01,000\none\n", 1),
+        ("vtt", "WEBVTT\n\nNOTE times are where pieces were cut\n\n00:00:00.000 --> 00:00:01.000\none\n", 1),
+    ],
+    ids=["txt", "json", "srt", "vtt"],
+)
+def test_transcripts_in_every_form(monkeypatch, capsys, checkpoint, question, tmp_path, form, start, times):
+    """To standard output one after another, or a file of each in a folder; what times mean is said beside them."""
+    script(monkeypatch, load(checkpoint), "one")
+    other = tmp_path / "other.wav"
+    write_audio(other, np.full(800, 0.1, np.float32), 8000)
+    assert run(monkeypatch, "transcribe", question, other, "-m", checkpoint, "--format", form) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(start.format(file=question))
+    assert out.count("one") >= 2
+    assert err.count("times are of whole pieces of up to 30 s, not of words") == times
+    words = ("transcribe", question, other, "-m", checkpoint, "--format", form, "--out")
+    assert run(monkeypatch, *words, tmp_path) == 0
+    files = [tmp_path / f"question.{form}", tmp_path / f"other.{form}"]
+    assert capsys.readouterr().out.split() == [str(file) for file in files]
+    assert files[0].read_text("utf-8").startswith("one\n" if form == "txt" else start.format(file=question))
+    assert run(monkeypatch, *words, tmp_path / "none") == 1
+    assert "none is no folder; make it first" in " ".join(capsys.readouterr().err.split())
+
+
+def test_there_are_four_forms_of_transcripts(monkeypatch, capsys, question):
+    assert run(monkeypatch, "transcribe", question, "--format", "doc") == 1
+    assert "there is no format 'doc'; there are txt, json, srt, vtt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("answer", "frames", "said"),
+    [
+        ('<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', 3, "nothing in the answer is said aloud"),
+        ("Good morning.", 0, "the Talker ended at once"),
+    ],
+)
+def test_no_sound_is_no_success(monkeypatch, capsys, checkpoint, question, tmp_path, answer, frames, said):
+    model = load(checkpoint)
+    script(monkeypatch, model, answer)
+    stop_speech_after(monkeypatch, model, frames)
+    reply, page = tmp_path / "reply.wav", tmp_path / "reply.html"
+    assert run(monkeypatch, "talk", question, "-m", checkpoint, "--no-heard", "-o", reply, "--report", page) == 1
+    err = " ".join(capsys.readouterr().err.split())
+    assert f"error: there is no sound, and nothing was written to {reply}: {said}" in err
+    assert not reply.exists()
+    assert page.exists()
+    assert run(monkeypatch, "talk", question, "-m", checkpoint, "--no-heard") == 0
+    assert run(monkeypatch, "speak", answer, "-m", checkpoint, "-o", "-") == 1
+    out, err = capsys.readouterr()
+    assert not out
+    assert f"nothing was written to standard output: {said}" in " ".join(err.split())
+
+
+def test_the_voice_is_named(monkeypatch, capsys, checkpoint, question, tmp_path):
+    monkeypatch.setattr(Omni, "clone", lambda self, samples, rate: torch.ones(32))
+    limits = ("-m", checkpoint, "--max-text-tokens", 3, "--max-frames", 2, "--no-heard")
+    for words, name in (((), "aiden"), (("--voice", "ethan"), "ethan"), (("--clone", question), "cloned from")):
+        assert run(monkeypatch, "talk", question, *limits, *words) == 0
+        assert f"0.16 s of speech · voice {name}" in " ".join(capsys.readouterr().err.split())
+    assert run(monkeypatch, "speak", "one", *limits[:2], "--max-frames", 2, "-o", tmp_path / "x.wav") == 0
+    assert "0.16 s of speech · voice aiden" in capsys.readouterr().err
+
+
+class Microphone:
+    """The library that reaches one, which hears a second of a tone in two pieces."""
+
+    class PortAudioError(Exception):
+        pass
+
+    def __init__(self, pieces: int) -> None:
+        self.pieces = pieces
+
+    def InputStream(self, rate, channels, dtype, callback):
+        if self.pieces < 0:
+            raise self.PortAudioError("no device")
+        for _ in range(self.pieces):
+            callback(np.sin(np.arange(rate // 2) / 5, dtype=np.float32)[:, None], rate // 2, None, None)
+        return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("typed", ["\n", ""])
+def test_the_microphone_is_heard_until_enter_or_the_end_of_input(monkeypatch, capsys, checkpoint, typed):
+    """What it asks for is not in the way of the sound on standard output."""
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    monkeypatch.setitem(sys.modules, "sounddevice", Microphone(2))
+    limits = ("--no-heard", "--max-text-tokens", 3, "--max-frames", 2)
+    assert run(monkeypatch, "talk", "-m", checkpoint, "-o", "-", *limits) == 0
+    assert "listening; press Enter when the question is over" in capsys.readouterr().err
+    assert raw.getvalue()[:4] == b"RIFF"
+    assert len(raw.getvalue()) == 44 + 2 * 1920 * 2
+
+
+@pytest.mark.parametrize(
+    ("library", "said"),
+    [
+        (Microphone(0), "nothing was recorded; give a sound file"),
+        (Microphone(-1), "there is no microphone here (no device); give a sound file"),
+        (None, "recording needs pip install 'antiphon[mic]'; or give a sound file"),
+    ],
+)
+def test_a_microphone_that_hears_nothing(monkeypatch, capsys, checkpoint, library, said):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    monkeypatch.setitem(sys.modules, "sounddevice", library)
+    assert run(monkeypatch, "talk", "-m", checkpoint) == 1
+    out, err = capsys.readouterr()
+    assert said in " ".join(err.split())
+    assert not out
 
 
 def test_speech_streams_to_standard_output(monkeypatch, checkpoint):

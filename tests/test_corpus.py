@@ -2,7 +2,9 @@
 
 import gzip
 import json
-from itertools import pairwise
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +12,14 @@ import pytest
 from lhotse import CutSet
 
 from antiphon.errors import ConfigError
-from antiphon.train import corpus, espeak
-from antiphon.train.corpus import make_corpus, read_corpus, read_sets
+from antiphon.train import commands, corpus, espeak, music, noises
+from antiphon.train.corpus import Clip, make_clip, make_corpus, read_corpus, read_sets, size_of
 from antiphon.train.data import Example, load_samples, read_cuts
+from antiphon.train.dialog import KINDS
+from antiphon.train.recipe import read_recipe
+from antiphon.train.run import CORPUS, ORDER, read_course
 from antiphon.train.talks import messages_of
+from antiphon.train.world import LANGUAGES, share_of
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "tiny"
 SETS = {
@@ -52,6 +58,27 @@ def test_processes_change_nothing_and_what_is_lost_is_made_again(made, tmp_path,
     make_corpus(read_sets(SETS, "test"), tmp_path, 1, lambda done, of: counted.append((done, of)))
     assert contents(tmp_path) == one
     assert counted[-1][0] == counted[-1][1] == len(list(tmp_path.glob("*/*.wav")))
+
+
+def test_a_corpus_is_made_where_its_course_is_trained(tmp_path, monkeypatch):
+    made: list[tuple[str, set[str]]] = []
+    monkeypatch.setattr(commands, "make_sets_of", lambda sets, out, jobs: made.append((str(out), set(sets))) or {})
+    (tmp_path / "mine").mkdir()
+    corpus = "seed: 0\nsets: {rain: {kind: sound, count: 2}}\n"
+    (tmp_path / "mine/corpus.yaml").write_text(corpus)
+    (tmp_path / "mine/order.yaml").write_text("train: []\n")
+    table = f"corpus:\n  {corpus.replace(chr(10), chr(10) + '  ')}\nruns: []\n"
+    (tmp_path / "mine/alone.yaml").write_text(table)
+    (tmp_path / "mine/bare.yaml").write_text("runs: []\n")
+    monkeypatch.chdir(tmp_path / "mine")
+    for recipe in ("corpus.yaml", tmp_path / "mine", "alone.yaml"):
+        commands.corpus(Path(recipe))
+    commands.corpus(Path("corpus.yaml"), Path("elsewhere"))
+    assert made == [(f"cuts/{name}", {"rain"}) for name in ("mine", "mine", "alone")] + [("elsewhere", {"rain"})]
+    for course in (read_course(tmp_path / "mine"), read_course(Path("alone.yaml"))):
+        assert (f"cuts/{course.name}", set(course.corpus)) in made, "where train looks"
+    with pytest.raises(ConfigError, match=r"^bare.yaml makes no corpus; give a recipe of one, such as "):
+        commands.corpus(Path("bare.yaml"))
 
 
 def test_lists_of_words_cannot_be_guessed(tmp_path):
@@ -134,6 +161,103 @@ def test_the_words_of_the_world_are_listed(made):
     words = json.loads((made["speech"].parent / "world.json").read_text(encoding="utf-8"))["words"]
     assert set(words) == {"de", "en", "zh"}
     assert all(20 < len(known) <= 400 for known in words.values())
+
+
+def is_tested(name: str) -> bool:
+    return name.startswith("test-")
+
+
+def is_trained(name: str) -> bool:
+    return not name.startswith(("test-", "valid"))
+
+
+def split_by(clip: Clip) -> list[str]:
+    """The texts of a clip by whose hashes it belongs to a split; none of those of labels and of words in any order."""
+    kind = clip.custom.get("kind")
+    if kind is None:
+        return [clip.text] if clip.language else []
+    users = [m["content"] for m in clip.custom["messages"] if m["role"] == "user"]
+    asked = [clip.parts[part["supervision"]].text for content in users for part in content]
+    if kind in ("music", "sound", "words"):
+        return []
+    return {"language": asked[:1], "repeat": [clip.parts[-1].text]}.get(kind, list(accumulate(asked)))
+
+
+@pytest.fixture(scope="module")
+def met() -> dict[str, dict[str, set[str]]]:
+    """What some clips of each of tiny's sets are made of, as the engines are asked for it; they give a short hum."""
+    found = dict[str, dict[str, set[str]]]()
+    kinds = ("text", "share", "template", "engine", "variant", "timbre", "noise")
+
+    def asked(hum: float = 0.1, **what: str) -> np.ndarray:
+        for kind, value in what.items():
+            now[kind].add(value)
+        return np.full(round(hum * espeak.RATE), 0.1, np.float32)
+
+    def play(notes: list[music.Note], instrument: str, timbres: music.Timbres, rng: np.random.Generator) -> np.ndarray:
+        return asked(timbre=f"{timbres} {instrument}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(espeak, "say", lambda text, language, voice: asked(engine="espeak", variant=voice.variant))
+        patch.setattr(espeak, "flite_say", lambda text, voice: asked(engine="flite", variant=f"flite {voice}"))
+        patch.setattr(espeak, "festival_say", lambda lines: [asked(engine="festival") for _ in lines])
+        patch.setattr(music, "render", play)
+        patch.setattr(noises, "render", lambda kind, s, rng, timbres: asked(s, noise=f"{timbres} {kind}"))
+        for name, s in read_corpus(RECIPES / "corpus.yaml").items():
+            now = found[name] = {kind: set() for kind in kinds}
+            count = len(s.dialogs or KINDS) if s.kind == "dialog" else 3 if s.languages else 24
+            small = replace(s, count=count, augment=0.0)
+            for clip in (make_clip(name, small, i) for i in range(size_of(small))):
+                now["template"] |= {
+                    part.custom["template"] for part in (*clip.parts, clip) if "template" in part.custom
+                }
+                if texts := split_by(clip):
+                    shares = {share_of(text) for text in texts}
+                    now["text"].add("\n".join(texts))
+                    now["share"].add(next(share for share in ("test", "valid", "train") if share in shares))
+    return found
+
+
+def all_of(met: dict[str, dict[str, set[str]]], kind: str, of: Callable[[str], bool]) -> set[str]:
+    return set().union(*(own[kind] for name, own in met.items() if of(name)))
+
+
+def test_no_sentence_of_a_test_is_trained(met):
+    for name, own in met.items():
+        share = "test" if is_tested(name) else "train" if is_trained(name) else "valid"
+        assert own["share"] <= {share}, name
+    tested, trained = all_of(met, "text", is_tested), all_of(met, "text", is_trained)
+    assert min(len(tested), len(trained)) > 200
+    assert not tested & trained
+    assert not all_of(met, "text", lambda name: name.startswith("valid")) & trained
+
+
+def test_no_voice_template_engine_or_timbre_of_a_test_is_trained(met):
+    for kind, name, least in (
+        ("variant", "test-voice", 4),
+        ("variant", "test-engine", 1),
+        ("engine", "test-engine", 1),
+        ("template", "test-template", len(LANGUAGES)),
+        ("timbre", "test-music", 8),
+        ("noise", "test-sound", 10),
+    ):
+        trained = all_of(met, kind, is_trained)
+        assert len(met[name][kind]) >= least, f"{name} has {met[name][kind]}"
+        assert trained
+        assert not met[name][kind] & trained, f"{kind} of {name}"
+
+
+def test_no_recipe_of_tiny_trains_on_a_test():
+    digits = RECIPES / "digits.yaml"
+    alone = [path for path in RECIPES.glob("*.yaml") if path.name not in (ORDER, CORPUS, digits.name)]
+    recipes = [*map(read_recipe, alone), *read_course(digits).recipes]
+    assert {recipe.name for recipe in recipes} > {"tokenizer", "aut", "codec", "thinker", "speech"}
+    for recipe in recipes:
+        mixed = {source.cuts for source in recipe.data.mix}
+        looked_at = {source.cuts for source in recipe.data.validation}
+        assert mixed, recipe.name
+        assert not {name for name in mixed if "test" in name or "valid" in name}, recipe.name
+        assert not {name for name in looked_at if "test" in name} | looked_at & mixed, recipe.name
 
 
 def test_tiny_does_not_train_on_its_tests():

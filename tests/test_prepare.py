@@ -3,17 +3,21 @@
 import gzip
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
+import tokenizers
 
 from antiphon.errors import InputError
+from antiphon.train import commands
 from antiphon.train.data import Mix, load_samples, read_cuts
 from antiphon.train.prepare import KINDS, prepare
 from antiphon.train.recipe import Data, Source
 
+TINY = Path(__file__).parent.parent / "recipes/tiny"
 LIBRISPEECH = {  # chapter -> lines of its transcript
     "dev-clean/84/121123": ["84-121123-0000 GO DO YOU HEAR", "84-121123-0001 BUT IN LESS THAN FIVE MINUTES"],
     "dev-clean/84/121550": ["84-121550-0000 BUT WITH FULL RAVISHMENT"],
@@ -158,6 +162,49 @@ def test_a_mix_is_drawn_from_what_was_prepared(tmp_path):
     assert {e.language for e in drawn} == {"en", "zh"}
     assert {e.custom("label_source") for e in drawn} == {"human"}
     assert all(load_samples(e.cut, 16000).std() > 0.05 for e in drawn[:6])
+
+
+def write_recipe(folder):
+    """A recipe of a tokenizer of the first part of LIBRISPEECH, and the model it is for."""
+    folder.mkdir()
+    model = json.loads((TINY / "model.json").read_text())
+    model["thinker_config"]["text_config"]["vocab_size"] = 310
+    (folder / "model.json").write_text(json.dumps(model))
+    (folder / "tokenizer.yaml").write_text("stage: tokenizer\ndata: {mix: [{cuts: dev-clean.jsonl.gz}]}\n")
+    return folder / "tokenizer.yaml"
+
+
+def test_what_is_prepared_is_found_by_a_recipe(tmp_path, monkeypatch, capsys):
+    """The two commands as they are, without telling either where the cuts are."""
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(tmp_path / "mine")
+    missing = "there is no manifest cuts/mine/dev-clean.jsonl.gz or cuts/dev-clean.jsonl.gz; make it with antiphon"
+    with pytest.raises(InputError, match=f"^{missing} corpus or antiphon prepare$"):
+        commands.train(recipe)
+    write_librispeech(tmp_path / "in")
+    commands.prepare("librispeech", tmp_path / "in")
+    commands.train(recipe)
+    folder = tmp_path / "runs/mine/tokenizer"
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert (folder / "config.json").is_file()
+    cuts = read_cuts("cuts/dev-clean.jsonl.gz")
+    counts = [len(tokenizer.encode(c.supervisions[0].text, add_special_tokens=False).ids) for c in cuts]
+    mean = sum(counts) / sum(c.duration for c in cuts)
+    most = max(n / c.duration for n, c in zip(counts, cuts, strict=True))
+    assert f"tokens per second of speech, and of the clip with most: en {mean:.1f} ({most:.1f})" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_the_cuts_of_a_course_come_before_those_of_all(tmp_path):
+    write_librispeech(tmp_path / "in")
+    write_aishell(tmp_path / "ai")
+    prepare("librispeech", tmp_path / "in", tmp_path / "cuts")
+    (made,) = read_cuts("train-clean-100.jsonl.gz", tmp_path / "cuts/mine")[:1]
+    assert load_samples(made, 16000).std() > 0.05
+    prepare("aishell", tmp_path / "ai", tmp_path / "cuts/mine")
+    (tmp_path / "cuts/mine/train.jsonl.gz").rename(tmp_path / "cuts/mine/train-clean-100.jsonl.gz")
+    assert [c.id for c in read_cuts("train-clean-100.jsonl.gz", tmp_path / "cuts/mine")] == list(AISHELL)[:2]
 
 
 def test_bad_rows_are_named_and_left_out(tmp_path):

@@ -175,7 +175,9 @@ def test_every_unit_of_work_has_its_time(model, tmp_path):
     session, reply = answered(model)
     data = written(tmp_path / "reply.html", session, reply).data
     spans, speech = data["spans"], data["speech"]
-    assert list(spans) == ["prefill", "thinker", "talker", "mtp", "code2wav"]
+    assert list(spans) == ["aut", "prefill", "thinker", "talker", "mtp", "code2wav"]
+    assert len(spans["aut"]) == 1
+    assert spans["aut"][0][1] < 0, "the clip was whole before an answer was asked for"
     assert len(spans["thinker"]) == len(reply.text_ids) + 1
     assert len(spans["talker"]) == FRAMES + 1
     assert len(spans["mtp"]) == len(spans["code2wav"]) == FRAMES
@@ -186,6 +188,26 @@ def test_every_unit_of_work_has_its_time(model, tmp_path):
     assert speech["ready"] == [stop for _, stop in spans["code2wav"]]
     assert speech["ready"][0] <= speech["first_audio"] + 1e-5
     assert speech["rtf"] == pytest.approx(reply.timings["total"] / (0.08 * FRAMES))
+
+
+def test_hearing_has_a_lane_of_its_own(model, tmp_path):
+    """A question that streams in is heard piece by piece, its open window after it has ended, and then read."""
+    session, pieces = model.session(window=1), np.split(CLIP[:67200], 7)
+    for piece in pieces:
+        session.append_audio(piece, 24000)
+    other = session.copy()
+    reply = collect(session.respond())
+    spans = written(tmp_path / "reply.html", session, reply).data["spans"]
+    assert len(spans["aut"]) == len(pieces) + 1
+    assert [stop < 0 for _, stop in spans["aut"]] == [True] * len(pieces) + [False]
+    (read, _), *_ = spans["prefill"]
+    assert spans["aut"][-1][1] <= read + 1e-5
+    assert sum(stop - start for start, stop in spans["aut"]) == pytest.approx(reply.timings["aut"], abs=1e-3)
+
+    session.append_text("And then?")
+    assert "aut" not in collect(session.respond(audio=False)).timings, "what was heard belongs to its own turn"
+    forked = collect(other.respond(audio=False))
+    assert len([span for span in forked.spans if span.name == "aut"]) == len(pieces) + 1
 
 
 def test_packets_on_time_are_counted_from_the_first(model):
@@ -218,7 +240,7 @@ def test_an_answer_without_speech_has_no_sections_of_it(model, tmp_path):
     text_only = written(tmp_path / "mute.html", *answered(mute, audio=False, max_text_tokens=3))
     for page in (silent, text_only):
         assert "speech" not in page.data
-        assert list(page.data["spans"]) == ["prefill", "thinker"]
+        assert list(page.data["spans"]) == ["aut", "prefill", "thinker"]
         assert page.data["about"].keys() == {"aut", "thinker"}
         assert page.tags.count("audio") == 1
         assert {"mel", "thinker", "lanes"} <= set(page.ids)

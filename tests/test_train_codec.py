@@ -307,6 +307,23 @@ def test_the_adversary_joins_in_time_and_aut_stays_in_its_own_run(trained):
     assert names == {"codec", "code2wav", "head", "outline", "semantic", "adversary"}
 
 
+def test_in_a_share_of_the_steps_only_the_first_codebooks_are_heard(place):
+    """Then the sound is made of them alone, most often of one, and the others have no part in the loss."""
+    options = {"frames": 6, "spectra": [256], "quantize": 0.0, "few": 0.5}
+    stage = CodecStage(setting(place, "codec", options=options))
+    heard = [stage.heard_codebooks(torch.Generator().manual_seed(i)) for i in range(400)]
+    few = [count for count in heard if count is not None]
+    assert 0.4 < len(few) / len(heard) < 0.6
+    assert set(few) == set(range(1, CODEBOOKS))
+    assert few.count(1) > max(few.count(count) for count in range(2, CODEBOOKS))
+    assert stage.heard_codebooks(torch.Generator().manual_seed(0)) == heard[0]
+    stage.heard_codebooks = lambda generator: 1
+    stage.loss("codec", stage.batch(0), 0).total.backward()
+    quantizer = stage.codec.quantizer
+    assert quantizer.semantic_residual_vector_quantizer.output_proj.weight.grad.any()
+    assert quantizer.acoustic_residual_vector_quantizer.output_proj.weight.grad is None
+
+
 def test_aut_teaches_the_first_codebook_alone(place):
     stage = CodecStage(setting(place, "codec", init={"aut": "aut"}))
     wave = stage.batch(0)

@@ -10,6 +10,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from antiphon.train.data import Mix
 from antiphon.train.keep import keep, put_back
 from antiphon.train.loop import BEST, LOG, STATE, Figures, Loss, Run, learning_rate, train
 from antiphon.train.recipe import Data, Optimization, Recipe, Source, read_recipe
+from antiphon.train.text import fill_ids, train_tokenizer, transcript, write_config
 
 ROOT = Path(__file__).parent.parent
 EVERY: dict[str, Any] = {"log_every": 4, "validate_every": 10, "sample_every": 30, "save_every": 7}
@@ -111,7 +113,6 @@ def write_tones(folder: Path) -> None:
     import soundfile
 
     from antiphon.train.prepare import prepare
-    from antiphon.train.text import fill_ids, train_tokenizer, transcript, write_config
 
     words, sounds = ("low", "middle", "high", "higher"), folder / "tones"
     sounds.mkdir(parents=True)
@@ -263,6 +264,50 @@ def test_aut_killed_and_started_again_ends_with_the_same_weights(tones):
     assert run_process("aut", folder, "name 2") == -signal.SIGKILL
     assert run_process("aut", folder) == 0
     assert_same_run(folder, tones / "runs/aut")
+
+
+def cut_off(at: int, work: Callable[..., Any], *arguments: Any) -> None:
+    """Work that ends, as by a kill, where it would give its file number `at` the name."""
+    real, before = os.replace, iter(range(1, at))
+
+    def replace(*names: Any) -> None:
+        if next(before, None) is None:
+            raise KeyboardInterrupt
+        real(*names)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            work(*arguments)
+
+
+def test_a_tokenizer_is_written_whole_or_the_one_before_stays(tmp_path):
+    words = [f"{a}{b}" for a in ("north", "south", "high", "low") for b in ("wind", "land", "er", "est")]
+    train_tokenizer(words, 320, tmp_path)
+    write_config({"model_type": "first"}, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    cut_off(1, train_tokenizer, [word[::-1] for word in words], 320, tmp_path)
+    cut_off(1, write_config, {"model_type": "second"}, tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    train_tokenizer([word[::-1] for word in words], 320, tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() != before["tokenizer.json"]
+
+
+def test_a_kept_tokenizer_that_a_kill_left_half_copied_is_copied_again(tmp_path):
+    kept, runs = tmp_path / "recipes/trained/tokenizer", tmp_path / "runs"
+    kept.mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json", "codec.json"):
+        (kept / name).write_text(f"{{}} {name}")
+    for at in (1, 2, 3):
+        cut_off(at, put_back, tmp_path / "recipes", runs)
+        assert not (runs / "tokenizer/config.json").exists(), "without it no recipe takes the folder for a run"
+    put_back(tmp_path / "recipes", runs)
+    assert {path.name: path.read_text() for path in (runs / "tokenizer").iterdir()} == {
+        path.name: path.read_text() for path in kept.iterdir()
+    }
+    (runs / "tokenizer/tokenizer.json").write_text("trained here")
+    put_back(tmp_path / "recipes", runs)
+    assert (runs / "tokenizer/tokenizer.json").read_text() == "trained here"
 
 
 # ----------------------------------------------------------------------------------------------------- what is kept
@@ -585,9 +630,9 @@ def lengths(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def mix_of(folder: Path, *, seconds: float = 60.0, seed: int = 1, rank: int = 0) -> Mix:
+def mix_of(folder: Path, *, seconds: float = 60.0, seed: int = 1, rank: int = 0, world: int = 1) -> Mix:
     sources = tuple(Source(f"{name}.jsonl.gz", weight) for name, weight in SHARES.items())
-    return Mix(Data(sources, batch_seconds=seconds), sources, folder, seed, rank)
+    return Mix(Data(sources, batch_seconds=seconds), sources, folder, seed, rank, world)
 
 
 def ids(mix: Mix, step: int) -> list[str]:
@@ -627,21 +672,57 @@ def test_every_batch_keeps_the_shares_of_its_lengths(lengths):
     assert mixed > 200
 
 
-def test_crops_are_drawn_in_the_shares_of_the_mix(lengths):
-    mix = mix_of(lengths, seconds=0.0)
+def test_the_ranks_draw_other_examples_that_keep_the_shares_together(lengths):
+    ranks, same, whole = [mix_of(lengths, rank=rank, world=3) for rank in range(3)], 0, 0
+    for step in range(200):
+        drawn = [mix.draw(step) for mix in ranks]
+        assert len({len(examples) for examples in drawn}) == 1
+        examples = [e for own in drawn for e in own]
+        bucket = int(np.searchsorted(ranks[0].edges, max(e.cut.duration for e in examples)))
+        expected = ranks[0].rates[:, bucket] / ranks[0].rates[:, bucket].sum()
+        for name, share in zip(SHARES, expected, strict=True):
+            assert abs(sum(source_of(e) == name for e in examples) - share * len(examples)) < 1
+            assert all(abs(sum(source_of(e) == name for e in own) - share * len(own)) < 1 for own in drawn)
+        same, whole = same + len(set(ids(ranks[0], step)) & set(ids(ranks[1], step))), whole + len(drawn[0])
+    assert 0 < same < 0.25 * whole, "about what chance gives, of some 80 examples of a length"
+
+
+def test_the_mix_of_a_recipe_is_the_part_of_its_process(lengths):
+    from torch import distributed
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from antiphon.train.stages.common import Setting
+
+    data = mix_of(lengths).data
+    setting = Setting(replace(TINY, data=data, seed=1), lengths, lengths, torch.device("cpu"))
+    assert ids(setting.mix(), 3) == ids(mix_of(lengths), 3)
+    distributed.init_process_group("fake", rank=2, world_size=3, store=FakeStore())
+    try:
+        mix, crops = setting.mix(), setting.mix(replace(data, batch_seconds=0.0))
+    finally:
+        distributed.destroy_process_group()
+    assert ids(mix, 3) == ids(mix_of(lengths, rank=2, world=3), 3)
+    assert ids(crops, 3) == ids(mix_of(lengths, seconds=0.0, rank=2, world=3), 3)
+
+
+@pytest.mark.parametrize(("rank", "world"), [(0, 1), (1, 2)])
+def test_crops_are_drawn_in_the_shares_of_the_mix(lengths, rank, world):
+    mix = mix_of(lengths, seconds=0.0, rank=rank, world=world)
     drawn = [mix.draw(step) for step in range(6000)]
     assert {len(examples) for examples in drawn} == {1}
     found = [source_of(examples[0]) for examples in drawn]
     assert {n: found.count(n) / len(found) for n in SHARES} == pytest.approx(SHARES, abs=0.015)
 
 
-def test_the_mix_is_a_function_of_seed_step_and_rank(lengths):
-    mix = mix_of(lengths)
-    first = [ids(mix, step) for step in range(30)]
-    assert [ids(mix_of(lengths), step) for step in reversed(range(30))] == first[::-1]
-    for other in (mix_of(lengths, seed=2), mix_of(lengths, rank=1)):
-        assert sum(ids(other, step) == first[step] for step in range(30)) == 0
-    assert len({tuple(batch) for batch in first}) == 30
+def test_the_mix_is_a_function_of_seed_step_rank_and_world_size(lengths):
+    places = {"seed": 2}, {"rank": 0, "world": 2}, {"rank": 1, "world": 2}, {}
+    mixes = [mix_of(lengths, **place) for place in places]
+    drawn = [[ids(mix, step) for step in range(30)] for mix in mixes]
+    again = mix_of(lengths, rank=1, world=2)
+    assert [ids(again, step) for step in reversed(range(30))] == drawn[2][::-1]
+    for one, other in combinations(drawn, 2):
+        assert not [step for step in range(30) if one[step] == other[step]]
+    assert len({tuple(batch) for batch in drawn[-1]}) == 30
 
 
 def test_everything_is_drawn_but_what_is_too_long(lengths):

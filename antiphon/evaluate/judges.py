@@ -52,6 +52,40 @@ def is_silent(samples: Samples) -> bool:
     return float(np.abs(samples).max(initial=0)) < AUDIBLE
 
 
+# ------------------------------------------------------------------------------------- which judges are there
+
+EXTRA = "pip install 'antiphon[eval]'"
+APART = {  # what the extra leaves out, since it, or what it asks for, has to be compiled
+    "resemblyzer": f"{EXTRA} and then pip install --no-deps Resemblyzer",
+    "pesq": "pip install pesq, which needs a C compiler",
+}
+
+
+def unmeasured(*packages: str) -> str:
+    """What to say in place of a number that needs these packages; nothing where all of them are installed."""
+    for package in packages:
+        if not _is_installed(package):
+            return f"not measured: {package} is not installed; {APART.get(package, EXTRA)}"
+    return ""
+
+
+def resemblyzer_is_installed() -> bool:
+    """Whether `voice_print` can judge."""
+    return _is_installed("resemblyzer")
+
+
+def pesq_is_installed() -> bool:
+    """Whether `pesq` can judge."""
+    return _is_installed("pesq")
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # marked as not importable
+        return False
+
+
 # ------------------------------------------------------------------------------------------ what was said
 
 HOP = 320  # samples: 20 ms
@@ -133,11 +167,6 @@ def _warped(a: Floats, b: Floats) -> float:
 # -------------------------------------------------------------------------------------------------- voices
 
 
-def resemblyzer_is_installed() -> bool:
-    """Whether `voice_print` can judge; the package asks for one that has to be compiled, so the extra leaves it out."""
-    return _is_installed("resemblyzer")
-
-
 @cache
 def _resemblyzer() -> tuple[Any, Any]:
     """Its package and its encoder of voices, on the CPU."""
@@ -145,10 +174,7 @@ def _resemblyzer() -> tuple[Any, Any]:
         # by name, since a type checker must also pass where it is not installed
         package = import_module("resemblyzer")
     except ModuleNotFoundError as error:
-        raise InputError(
-            f"comparing voices needs {error.name}; install it with pip install 'antiphon[eval]' "
-            "and then pip install --no-deps Resemblyzer"
-        ) from None
+        raise InputError(f"comparing voices needs {error.name}; install it with {APART['resemblyzer']}") from None
     return package, package.VoiceEncoder("cpu", verbose=False)
 
 
@@ -203,18 +229,6 @@ def dnsmos(samples: Any, rate: int) -> Mos:
         from speechmos import dnsmos as judge
     scores: Any = judge.run(heard(samples, rate), RATE)
     return Mos(*(float(scores[f"{name}_mos"]) for name in ("ovrl", "sig", "bak", "p808")))
-
-
-def pesq_is_installed() -> bool:
-    """Whether `pesq` can judge; its package has to be compiled, so the extra leaves it out."""
-    return _is_installed("pesq")
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        return find_spec(package) is not None
-    except ValueError:  # marked as not importable
-        return False
 
 
 def pesq(reference: Any, degraded: Any, rate: int) -> float:

@@ -14,7 +14,7 @@ from antiphon.audio import Samples
 from antiphon.generate import Omni, Session, collect
 from antiphon.train.data import Example, load_samples, read_cuts
 from antiphon.train.talks import cut_out
-from antiphon.transcripts import PROMPTS, transcribe
+from antiphon.transcripts import HEARD, PROMPTS, transcribe
 
 PIECE = 0.08  # seconds of sound that arrive at once in a stream
 Track = Callable[[Sequence[Any], str], Iterable[Any]]  # goes over items and shows how far it is
@@ -31,22 +31,27 @@ class Row:
 
 @dataclass(frozen=True)
 class Trial:
-    """A model, the test sets and how many clips of each language to take."""
+    """A model, the test sets and how many clips of each language to take; None is all."""
 
     model: Omni
     cuts: Path
-    limit: int
+    limit: int | None
     track: Track
 
     def examples(self, name: str, languages: Sequence[str] = (), task: str = "transcribe") -> list[Example]:
-        """The first clips of each language of a set, in order."""
+        """Clips of a set of the corpus, in order."""
+        return self.first_of(read_cuts(f"{name}.jsonl.gz", self.cuts), languages, task)
+
+    def first_of(self, cuts: Sequence[Any], languages: Sequence[str] = (), task: str = "transcribe") -> list[Example]:
+        """The first `limit` cuts of each language, in order; of those languages alone, if any are named."""
         taken: dict[str, int] = {}
         found = []
-        for cut in read_cuts(f"{name}.jsonl.gz", self.cuts):
+        for cut in cuts:
             example = Example(cut, task)
             language = (cut.custom or {}).get("language") or example.language or ""
             taken[language] = taken.get(language, 0) + 1
-            if taken[language] <= self.limit and (not languages or language in languages):
+            within = self.limit is None or taken[language] <= self.limit
+            if within and (not languages or language in languages):
                 found.append(example)
         return found
 
@@ -57,13 +62,17 @@ class Trial:
     def heard(
         self, samples: Samples, rate: int, language: str | None, window: int | None = None, streamed: bool = False
     ) -> str:
-        """The transcript of samples [N]: of a whole clip, or of one that arrives in pieces of 80 ms."""
+        """The transcript of samples [N]: of a whole clip, or of one that arrives in pieces of 80 ms.
+
+        A language that the model has no name for is heard as if none were given.
+        """
+        known = language if language in HEARD else ""
         if not streamed:
-            return transcribe(self.model, samples, rate, language=language or "", window=window).text
+            return transcribe(self.model, samples, rate, language=known, window=window).text
         session = self.model.session(window=window)
         for start in range(0, len(samples), round(PIECE * rate)):
             session.append_audio(samples[start : start + round(PIECE * rate)], rate)
-        session.append_text(PROMPTS.get(language or "", PROMPTS[""]))
+        session.append_text(PROMPTS.get(known, PROMPTS[""]))
         return collect(session.respond(audio=False)).text.strip()
 
     def ask(self, example: Example, question: str) -> str:

@@ -26,7 +26,8 @@ from antiphon.errors import InputError
 say = Console(stderr=True, highlight=False)
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 Runs = Annotated[Path, typer.Option(help="Folder of all runs; a recipe's own is named after it.")]
-Cuts = Annotated[Path, typer.Option(help="Folder that the recipes' manifests are in.")]
+Cuts = Annotated[Path, typer.Option(help="Folder of manifests: a course's own are in a folder named after it.")]
+CUTS = Path("cuts")
 
 
 @contextmanager
@@ -39,24 +40,27 @@ def needs_extra(what: str = "training", extra: str = "train") -> Iterator[None]:
 
 
 def corpus(
-    recipe: Annotated[Path, typer.Argument(help="Recipe of the corpus, such as recipes/tiny/corpus.yaml.")],
-    out: Annotated[Path, typer.Option(help="Folder for manifests and sound.")] = Path("cuts"),
+    recipe: Annotated[
+        Path, typer.Argument(help="Recipe of the corpus, such as recipes/tiny/corpus.yaml, or a course.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder for manifests and sound; cuts/COURSE by default.")] = None,
     jobs: Annotated[int, typer.Option(min=0, help="Processes, by default one per core; the corpus is the same.")] = 0,
 ) -> None:
     """Make a synthetic corpus: lhotse cuts of speech, music, sounds and conversations. Goes on where it was stopped."""
     with needs_extra():
-        from antiphon.train.corpus import read_corpus
-    for path in make_sets_of(read_corpus(recipe), out, jobs).values():
+        from antiphon.train.run import read_world
+    course, sets = read_world(recipe)
+    for path in make_sets_of(sets, out or CUTS / course, jobs).values():
         say.print(str(path))
 
 
 def prepare(
     kind: Annotated[str, typer.Argument(help="librispeech, aishell, kaldi or folder.")],
     source: Annotated[Path, typer.Argument(help="Folder of the corpus.", metavar="DIR")],
-    out: Annotated[Path, typer.Option(help="Folder for the manifests; the sound stays where it is.")] = Path("cuts"),
+    out: Annotated[Path, typer.Option(help="Folder for the manifests; the sound stays where it is.")] = CUTS,
     language: Annotated[str | None, typer.Option(help="Of rows that do not say theirs; none: not speech.")] = None,
 ) -> None:
-    """Make lhotse cuts of a corpus that is there."""
+    """Make lhotse cuts of a corpus that is there, for recipes of any course to name."""
     with needs_extra():
         from antiphon.train.prepare import prepare as prepare_corpus
     with Progress(*COLUMNS, TimeRemainingColumn(), console=say) as progress:
@@ -74,7 +78,7 @@ def prepare(
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe, or a folder of recipes with an order.yaml.")],
-    cuts: Cuts = Path("cuts"),
+    cuts: Cuts = CUTS,
     runs: Runs = Path("runs"),
     device: Annotated[str, typer.Option(help="cpu, cuda, …; auto is the GPU where there is one.")] = "auto",
     jobs: Annotated[int, typer.Option(min=0, help="Processes that make the corpus, by default one per core.")] = 0,

@@ -44,6 +44,7 @@ from antiphon.train.world import (
 SHARD = 200  # clips in a wav file
 GAP = 0.05  # seconds of silence between them
 SILENT = "silent"  # the voice of text alone
+PRESETS = "presets"  # the voices of a set
 DIGITS = (2, 6)  # how many are said, from the first to below the second
 LISTED = (4, 33)  # words in a list, likewise
 
@@ -57,7 +58,7 @@ class Set:
     split: str = "train"  # of the world's sentences; timbres and sounds are "train" or "held-out" with the voices
     languages: tuple[str, ...] = ()
     dialogs: tuple[str, ...] = ()  # kinds of dialog; all by default
-    voices: str = "train"  # train, held-out, flite
+    voices: str = "train"  # train, held-out, flite, or presets: the product's own
     augment: float = 0.0  # share of clips that are augmented
     rate: int = 16000
     silent: bool = False  # text alone: cuts without a recording, as long as it would take to say them
@@ -118,8 +119,10 @@ def _checked(value: Any, where: str, seed: int) -> Set:
 def make_corpus(sets: dict[str, Set], out: Path, jobs: int, progress: Callable[[int, int], None]) -> dict[str, Path]:
     """Make every set in `out`; `progress(done, all)` counts shards.
 
-    Returns the manifests by name.
+    Returns the manifests by name. Sets that were made before, and the words of their languages, stay.
     """
+    if not sets:
+        return {}
     out.mkdir(parents=True, exist_ok=True)
     left = {name: shards_of(s) for name, s in sets.items()}
     with ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:  # a core each
@@ -131,8 +134,10 @@ def make_corpus(sets: dict[str, Set], out: Path, jobs: int, progress: Callable[[
             if not left[name]:
                 _join(out, name, shards_of(sets[name]))
             progress(done, len(made))
-    words = {code: vocabulary(code) for code in sorted({c for s in sets.values() for c in s.languages})}
-    _whole(out / "world.json", json.dumps({"words": words}, ensure_ascii=False, indent=0).encode())
+    world = out / "world.json"
+    words = json.loads(world.read_text(encoding="utf-8"))["words"] if world.exists() else {}
+    words |= {code: vocabulary(code) for code in {c for s in sets.values() for c in s.languages}}
+    _whole(world, json.dumps({"words": words}, ensure_ascii=False, indent=0, sort_keys=True).encode())
     return {name: out / f"{name}.jsonl.gz" for name in sets}
 
 
@@ -149,6 +154,12 @@ def shards_of(s: Set) -> int:
 def recipe_of(s: Set) -> str:
     """What a set is made of, as a line of JSON; fields left at their defaults are not in it."""
     return json.dumps({f.name: value for f in fields(s) if (value := getattr(s, f.name)) != f.default}, sort_keys=True)
+
+
+def made_from(folder: Path) -> Set:
+    """The set that the shards in a folder were made from, as they say themselves."""
+    with (folder / "0000.jsonl").open(encoding="utf-8") as lines:
+        return read_fields(Set, json.loads(lines.readline()), str(folder))
 
 
 def make_shard(out: Path, name: str, s: Set, shard: int) -> None:
@@ -245,7 +256,15 @@ def speech(s: Set, index: int, rng: np.random.Generator) -> Clip:
     """A sentence of the world in a voice of the set."""
     language = s.languages[index % len(s.languages)]
     sentence = _said(language, s.split, s.count, s.seed)[index // len(s.languages)]
+    if s.voices == PRESETS:
+        name = preset(rng)
+        return spoken(sentence, espeak.PRESETS[name], name)
     return spoken(sentence, draw_voice(s, rng))
+
+
+def preset(rng: np.random.Generator) -> str:
+    """The name of one of the product's voices."""
+    return list(espeak.PRESETS)[int(rng.integers(len(espeak.PRESETS)))]
 
 
 def draw_voice(s: Set, rng: np.random.Generator) -> espeak.Voice | str:
@@ -293,7 +312,7 @@ def digits(s: Set, index: int, rng: np.random.Generator) -> Clip:
         said = say(" ".join(words), language, f"{language}.digits", check_split(s.split))
         if share_of(said.text) == share:
             break
-    name = list(espeak.PRESETS)[int(rng.integers(len(espeak.PRESETS)))]
+    name = preset(rng)
     parts = (augmented(spoken(said, user), s, rng), spoken(said, espeak.PRESETS[name], name))
     messages = [
         {"role": "user", "content": [{"type": "audio", "supervision": 0}]},
@@ -354,7 +373,7 @@ def conversation(s: Set, index: int, rng: np.random.Generator) -> Clip:
     kind = kinds[rest % len(kinds)]
     count = -(-s.count // len(kinds))
     talk = _talked(language, kind, s.split, count, s.seed)[rest // len(kinds)]
-    user, name = draw_voice(s, rng), list(espeak.PRESETS)[int(rng.integers(len(espeak.PRESETS)))]
+    user, name = draw_voice(s, rng), preset(rng)
     messages: list[dict[str, Any]] = [{"role": "system", "content": talk.system}] if talk.system else []
     parts: list[Clip] = []
     for turn in talk.turns:

@@ -1,7 +1,8 @@
-"""Batches of lhotse cuts, mixed by weight: a pure function of (seed, step, rank).
+"""Batches of lhotse cuts, mixed by weight: a pure function of (seed, step, rank, world size).
 
 Nothing is remembered between steps, so a run goes on at step n by asking for batch n. Cuts of similar length share a
-batch; within every batch the sources keep their shares of the seconds.
+batch; within every batch the sources keep their shares of the seconds. Where several processes train one model, their
+batches of a step are of one length and keep the shares together.
 
 Shapes: B clips, N samples, T mel frames, F mel bins.
 """
@@ -58,14 +59,18 @@ class Example:
 def read_cuts(path: str | Path, root: Path | None = None) -> list[Any]:
     """All cuts of a manifest (.jsonl or .jsonl.gz); relative audio paths are relative to the manifest's folder.
 
+    `root` is the folder of a course's cuts. What is not in it may be in the folder above, which all courses share.
+
     Raises:
         InputError: there is no such manifest, or there is nothing in it.
     """
     from lhotse import CutSet
 
-    place = Path(path) if root is None else root / path
-    if not place.exists():
-        raise InputError(f"there is no manifest {place}; make it with antiphon corpus or antiphon prepare")
+    places = [Path(path)] if root is None else [root / path, root.parent / path]
+    place = next((place for place in places if place.exists()), None)
+    if place is None:
+        tried = " or ".join(dict.fromkeys(map(str, places)))
+        raise InputError(f"there is no manifest {tried}; make it with antiphon corpus or antiphon prepare")
     cuts = list(CutSet.from_jsonl_lazy(place))
     if not cuts:
         raise InputError(f"{place} holds no cuts")
@@ -110,8 +115,10 @@ class Mix:
     With `batch_seconds` 0 a batch is one example, as likely as its sound is long: for crops, which are of one length.
     """
 
-    def __init__(self, data: Data, sources: Sequence[Source], root: Path, seed: int, rank: int = 0) -> None:
-        self.data, self.seed, self.rank = data, seed, rank
+    def __init__(
+        self, data: Data, sources: Sequence[Source], root: Path, seed: int, rank: int = 0, world: int = 1
+    ) -> None:
+        self.data, self.seed, self.rank, self.world = data, seed, rank, world
         names = {s.cuts for s in sources}  # each is read once, however many tasks it has
         cuts = {name: read_cuts(name, root) for name in names}
         pools = [[e for c in cuts[s.cuts] if (e := Example(c, s.task)).seconds <= data.max_seconds] for s in sources]
@@ -134,12 +141,13 @@ class Mix:
         self.sizes = np.maximum(1, (data.batch_seconds / self.edges).astype(int))  # examples per batch of a bucket
 
     def draw(self, step: int) -> list[Example]:
-        """The examples of one step: at most `batch_seconds` when padded to the longest, one at least."""
-        random = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, step, self.rank])))
+        """This rank's examples of one step: at most `batch_seconds` when padded to the longest, one at least."""
+        random = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, step, self.world - 1])))
         bucket = int(_pick(self.rates.sum(0) / self.sizes, random.random()))
         count = self.sizes[bucket]
-        places = (np.arange(count) + random.random()) / count  # evenly spread: each batch keeps the shares
-        picks = random.random(count)
+        begin = random.random() + self.rank / self.world  # between the places of the other ranks, which draw alike
+        places = (np.arange(count) + begin) / count % 1  # evenly spread: each batch keeps the shares, and all together
+        picks = random.random((self.world, count))[self.rank]
         cells = [self.cells[source][bucket] for source in _pick(self.rates[:, bucket], places)]
         return [cell[int(p * len(cell))] for cell, p in zip(cells, picks, strict=True)]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from rich.console import Console
 
 from antiphon.errors import ConfigError
+from antiphon.files import write_text
 from antiphon.train.corpus import Set, read_corpus, read_sets
 from antiphon.train.data import Example, read_cuts
 from antiphon.train.export import export
@@ -24,7 +24,7 @@ from antiphon.train.stages.codec import CODEC_SIZES, Code2WavStage, CodecStage
 from antiphon.train.stages.common import Setting
 from antiphon.train.stages.speech import SpeechStage
 from antiphon.train.stages.thinker import ThinkerStage
-from antiphon.train.text import fill_ids, train_tokenizer, transcript, write_config
+from antiphon.train.text import fill_ids, tokens_per_second, train_tokenizer, transcript, write_config
 
 STAGES: dict[str, Callable[[Setting], Stage]] = {
     "aut": AuTStage,
@@ -69,6 +69,20 @@ def read_course(path: Path) -> Course:
     return Course(path.stem, path.parent, recipes, corpus)
 
 
+def read_world(path: Path) -> tuple[str, dict[str, Set]]:
+    """The sets of a corpus recipe, or of a course, and the name of the course that they are for.
+
+    Raises:
+        ConfigError: there is no such recipe, it cannot be read, or it makes no corpus.
+    """
+    if path.is_dir() or "runs" in read_yaml_table(path):
+        course = read_course(path)
+        if not course.corpus:
+            raise ConfigError(f"{path} makes no corpus; give a recipe of one, such as recipes/tiny/{CORPUS}")
+        return course.name, course.corpus
+    return path.resolve().parent.name, read_corpus(path)
+
+
 def _corpus_of(folder: Path) -> dict[str, Set]:
     return read_corpus(folder / CORPUS) if (folder / CORPUS).is_file() else {}
 
@@ -102,16 +116,22 @@ def train_recipe(
 
 
 def make_tokenizer(recipe: Recipe, recipes: Path, cuts: Path, folder: Path) -> None:
-    """The tokenizer of a recipe's cuts, and config.json with its ids."""
-    texts = []
+    """The tokenizer of a recipe's cuts, and config.json with its ids; says how many tokens speech is."""
+    texts, said = [], list[tuple[str, str, float]]()
     for source in recipe.data.mix:
         examples = [Example(cut, source.task) for cut in read_cuts(source.cuts, cuts)]
         texts += [transcript(e.text, e.language) for e in examples] * max(1, round(source.weight))
         messages = [m for e in examples for m in (e.cut.custom or {}).get("messages", ())]
         texts += [m["content"] for m in messages if isinstance(m["content"], str)]
+        heard = [s for e in examples if e.cut.has_recording for s in e.cut.supervisions]
+        said += [(s.language, s.text, s.duration) for s in heard if s.language and s.text]
     config = json.loads((recipes / recipe.model).read_text(encoding="utf-8"))
     folder.mkdir(parents=True, exist_ok=True)
     size = config["thinker_config"]["text_config"]["vocab_size"]
     if (recipes / CODEC_SIZES).exists():  # the sizes of every stage are in this folder from now on
-        shutil.copy(recipes / CODEC_SIZES, folder / CODEC_SIZES)
+        write_text(folder / CODEC_SIZES, (recipes / CODEC_SIZES).read_text(encoding="utf-8"))
     write_config(fill_ids(config, train_tokenizer(texts, size, folder)), folder)
+    rates = ", ".join(
+        f"{code} {mean:.1f} ({most:.1f})" for code, (mean, most) in tokens_per_second(folder, said).items()
+    )
+    say.print(f"{recipe.name}: tokens per second of speech, and of the clip with most: {rates or 'there is no speech'}")

@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from antiphon.errors import InputError
+from antiphon.files import write_text
 from antiphon.tokenizer import QWEN_WORDS
 from antiphon.train.world import LANGUAGES
 
@@ -90,9 +91,28 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> dict
             f"the texts give {backend.get_vocab_size()} tokens, not {vocab_size}; give more text or ask for fewer"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    backend.save(str(folder / "tokenizer.json"))
+    write_text(folder / "tokenizer.json", backend.to_str(pretty=True))
     ids = backend.get_vocab()
     return {name: ids[name] for name in (*CONTROL, *TAGS, *WHOLE)}
+
+
+def tokens_per_second(folder: Path, said: Iterable[tuple[str, str, float]]) -> dict[str, tuple[float, float]]:
+    """Text tokens per second of speech by language: over all of it, and in the clip that has most.
+
+    The Talker takes one token per frame: what has more of them than its frames a second, it cannot say as fast.
+
+    Args:
+        folder: of the tokenizer.
+        said: language, text and seconds of each clip.
+    """
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    counted: dict[str, list[tuple[int, float]]] = {}
+    for language, text, seconds in said:
+        counted.setdefault(language, []).append((len(backend.encode(text, add_special_tokens=False).ids), seconds))
+    return {
+        language: (sum(n for n, _ in clips) / sum(s for _, s in clips), max(n / s for n, s in clips))
+        for language, clips in sorted(counted.items())
+    }
 
 
 def fill_ids(config: dict, ids: dict[str, int]) -> dict:
@@ -109,4 +129,4 @@ def fill_ids(config: dict, ids: dict[str, int]) -> dict:
 
 def write_config(config: dict, folder: Path) -> None:
     """config.json of a run."""
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")

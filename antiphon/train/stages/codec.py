@@ -31,7 +31,7 @@ from antiphon.error_rates import error_rates
 from antiphon.errors import ConfigError
 from antiphon.streaming import run_convolutions, tails_of
 from antiphon.train.adversary import Adversary, feature_loss, fooling_loss, judging_loss
-from antiphon.train.data import Example, Mix, load_samples, read_cuts
+from antiphon.train.data import Example, load_samples, read_cuts
 from antiphon.train.listener import Listener
 from antiphon.train.loop import Figures, Loss
 from antiphon.train.losses import FLOOR, SpectralDistance, Spectrum
@@ -74,6 +74,7 @@ class SoundOptions:
     semantic: float = 1.0
     taught: float = 1.0
     quantize: float = 0.2  # share of the steps before codes are used
+    few: float = 0.0  # share of the steps after that in which only the first codebooks are heard, see `heard_codebooks`
     judging: Judging = field(default_factory=Judging)
     validated: int = 80  # clips
     decoder: dict[str, Any] = field(default_factory=dict)  # sizes of AuT's text decoder, to read sound back with
@@ -106,7 +107,7 @@ class SoundStage(ABC):
             self.modules.pop(name)
         self.listener = Listener(aut, self.config.sampling_rate, text) if aut is not None else None
         self.distance = SpectralDistance(self.config.sampling_rate, o.spectra).to(self.device)
-        self.mix = Mix(replace(recipe.data, batch_seconds=0), recipe.data.mix, setting.cuts, recipe.seed)
+        self.mix = setting.mix(replace(recipe.data, batch_seconds=0))
         self.heard: tuple[Tensor, Tensor] | None = None  # recorded and made: from one player of a step to the other
 
     @abstractmethod
@@ -253,7 +254,7 @@ class CodecStage(SoundStage):
             loss = x.new_zeros(())
         else:
             generator = torch.Generator().manual_seed(self.setting.recipe.seed * 1_000_003 + step)
-            q = self.codec.quantizer(latents, generator)
+            q = self.codec.quantizer(latents, generator, self.heard_codebooks(generator))
             x, semantic, commit = q.latents, q.semantic, q.commit_loss.mean()
             loss, figures = self.options.commit * commit, {"commit": commit, "used": q.usage.mean()}
         figures["outline"] = self.outline(x, wave)
@@ -262,6 +263,16 @@ class CodecStage(SoundStage):
             figures["semantic"] = self._taught(semantic, wave, self.listener)
             loss = loss + self.options.semantic * figures["semantic"]
         return Made(self.sound(x), loss, figures)
+
+    def heard_codebooks(self, generator: torch.Generator) -> int | None:
+        """How many codebooks are heard in a step: all, or in a share `few` of the steps the first, most often one.
+
+        Without it the first codebook was taught what is said and then not listened to: the sound was the same with its
+        codes in any order, and what is said stood in the second and the third. A Talker's linear head predicts the
+        first alone.
+        """
+        share, place = torch.rand(2, generator=generator).tolist()
+        return 1 + int(place**2 * (self.config.num_quantizers - 1)) if share < self.options.few else None
 
     def _taught(self, semantic: Tensor, wave: Tensor, teacher: Listener) -> Tensor:
         """How far the semantic codebook is from what AuT makes of the same moments: 1 - cosine."""

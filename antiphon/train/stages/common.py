@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from antiphon.codec import Codec
 from antiphon.config import OmniConfig
@@ -60,9 +60,12 @@ class Setting:
         recipe = replace(self.recipe, data=Data(()), options=options, optimization=Optimization(1, 1.0))
         return replace(self, recipe=recipe)
 
-    def mix(self) -> Mix:
-        """The training data."""
-        return Mix(self.recipe.data, self.recipe.data.mix, self.cuts, self.recipe.seed)
+    def mix(self, data: Data | None = None) -> Mix:
+        """The training data, or other `data`: this process's part where several train one model."""
+        many = distributed.is_available() and distributed.is_initialized()
+        rank, world = (distributed.get_rank(), distributed.get_world_size()) if many else (0, 1)
+        data = data or self.recipe.data
+        return Mix(data, data.mix, self.cuts, self.recipe.seed, rank, world)
 
     def prepare(self, modules: nn.ModuleDict) -> nn.ModuleDict:
         """The modules on the device, begun from earlier runs and frozen as the recipe says.
