@@ -394,12 +394,15 @@ def test_code2wav_begins_as_the_quantizer_ends(place, trained):
     torch.testing.assert_close(embedded, wanted)
 
 
-def test_the_head_teaches_code2wav(place, trained, tmp_path):
-    """What it says is the codec's own sound of the same codes; only the convolutions move, and nearer to it."""
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_head_teaches_code2wav(place, trained, tmp_path, frozen):
+    """What it says is the codec's own sound of the same codes, also where what it reads goes on; both come nearer."""
     parts = ("code2wav.pre_transformer", "code2wav.upsample")
     init = dict.fromkeys(("codec", "head", *parts), "codec")
     steps = {"steps": 40, "validate_every": 40, "lr": 5e-3}
-    here = setting(place, "code2wav", init=init, freeze=[*parts, "code2wav.code_embedding"], optimization=steps)
+    here = setting(
+        place, "code2wav", init=init, freeze=[*(parts if frozen else ()), "code2wav.code_embedding"], optimization=steps
+    )
     stage, codec = (
         Code2WavStage(here),
         CodecStage(setting(place, "codec", init=dict.fromkeys(("codec", *parts, "head"), "codec"))),
@@ -413,10 +416,13 @@ def test_the_head_teaches_code2wav(place, trained, tmp_path):
     off = (first.wave.detach() - wanted).norm() / wanted.norm()
     assert float(first.figures["taught"]) == pytest.approx(float(off), rel=1e-3)
     train(stage, here.recipe, tmp_path, quiet=True)
-    assert float(stage.make(wave, 0).figures["taught"]) < 0.95 * float(off)
+    last = stage.make(wave, 0)
+    assert float(last.figures["taught"]) == pytest.approx(float((last.wave - wanted).norm() / wanted.norm()), rel=1e-3)
+    assert float(last.figures["taught"]) < 0.95 * float(off)
     moved = {n for n, t in stage.modules.state_dict().items() if not torch.equal(t, before[n])}
     assert moved
-    assert all(n.startswith("code2wav.decoder.") for n in moved)
+    assert all(n.startswith("code2wav.decoder." if frozen else "code2wav.") for n in moved)
+    assert frozen or any(n.startswith("code2wav.upsample.") for n in moved)
 
 
 def test_the_head_hears_nothing_ahead(place):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from antiphon.streaming import run_convolutions, tails_of
 from antiphon.train.adversary import Adversary, feature_loss, fooling_loss, judging_loss
 from antiphon.train.data import Example, load_samples, read_cuts
 from antiphon.train.listener import Listener
-from antiphon.train.loop import Figures, Loss
+from antiphon.train.loop import Figures, Loss, load_weights
 from antiphon.train.losses import FLOOR, SpectralDistance, Spectrum
 from antiphon.train.recipe import read_fields
 from antiphon.train.stages.common import TOKENIZER, Setting
@@ -295,9 +296,8 @@ class CodecStage(SoundStage):
 class Code2WavStage(SoundStage):
     """Code2Wav on the codes of a trained codec.
 
-    With the `head` that the codec was heard through, and what comes before it begun from the same run and frozen, both
-    decoders read the same steps, and the head's wave is a function of them to the sample: it teaches the convolutions
-    phases as well, which no spectral distance tells and a recording's codes do not hold.
+    The `head` that the codec was heard through, with what came before it there, gives one wave for the codes, to the
+    sample: it teaches phases as well, which no spectral distance tells and a recording's codes do not hold.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -313,6 +313,9 @@ class Code2WavStage(SoundStage):
         self.codec.requires_grad_(False)
         if self.head is not None:
             self.modules.pop("head").requires_grad_(False)
+            self.steps = deepcopy(self.code2wav).requires_grad_(False)  # what the head reads stays as it was there
+            for part in ("pre_transformer", "upsample"):
+                load_weights(self.steps.get_submodule(part), setting.run_of(recipe.init["head"]), f"code2wav.{part}")
         if not {"code2wav", "code2wav.code_embedding"} & set(recipe.init):
             embed_codebooks(self.code2wav, self.codec)
 
@@ -323,7 +326,7 @@ class Code2WavStage(SoundStage):
         if self.head is None:
             return Made(made, wave.new_zeros(()))
         with torch.no_grad():
-            wanted = self.head(upsampled(self.code2wav, self.codec.quantizer.decode(codes)))
+            wanted = self.head(upsampled(self.steps, self.codec.quantizer.decode(codes)))
         taught = (made - wanted).float().square().sum().sqrt() / (wanted.float().norm() + FLOOR)
         return Made(made, self.options.taught * taught, {"taught": taught})
 
