@@ -97,7 +97,7 @@ def setting(place: Path, stage: str, **changes: Any) -> Setting:
         "name": stage,
         "stage": stage,
         "optimization": {
-            **{"steps": 12, "lr": 2e-3, "warmup": 3, "betas": [0.8, 0.99], "log_every": 1},
+            **{"steps": 12, "lr": 2e-3, "warmup": 3, "dtype": "float32", "betas": [0.8, 0.99], "log_every": 1},
             **{"validate_every": 12, "sample_every": 100, "save_every": 3},
         },
         "data": {

@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 
 import antiphon.generate
@@ -29,6 +30,7 @@ from antiphon.train.following import first_rows, places, text_of
 from antiphon.train.loop import BEST, train
 from antiphon.train.losses import likeness
 from antiphon.train.recipe import Recipe, read_fields
+from antiphon.train.stages.aut import IGNORED
 from antiphon.train.stages.codec import CODEC_SIZES
 from antiphon.train.stages.common import Setting
 from antiphon.train.stages.speech import SpeechStage, spoken_in
@@ -145,7 +147,9 @@ def test_a_conversation_has_the_ids_of_a_session(stage):
 def test_tasks_ask_and_answer(stage):
     example = examples(stage, "say")[0]
     for task, answer in (("transcribe", example.text), ("language", "English"), ("describe", example.text)):
-        talk = lay_out(type(example)(example.cut, task), MODEL.tokenizer, lambda n: 3, 16000)
+        talk = lay_out(
+            type(example)(example.cut, task), MODEL.tokenizer, lambda clip: clip[:, None], lambda frames: 3, 16000
+        )
         end = MODEL.config.im_end_token_id
         said = [i for i, mine in zip(talk.ids, talk.said, strict=True) if mine]
         assert said == [*MODEL.tokenizer.encode(answer), end]
@@ -195,7 +199,7 @@ def test_rows_that_read_like_the_text_spell_it(stage):
     """Rows that are embeddings of the text and of the blank cost next to nothing; of another text, much."""
     (example,) = examples(stage, "talk")
     talk = read_talk(example, MODEL.tokenizer, MODEL.config)
-    batch = collate_talks([talk], MODEL.config, stage.log_mel, 8)
+    batch = collate_talks([talk], 8)
     assert batch.lengths.tolist() == [len(MODEL.tokenizer.encode(SAYINGS[i])) for i in (0, 2)]
     blank, thinker = MODEL.config.audio_token_id, deepcopy(MODEL.thinker)
     torch.nn.init.normal_(thinker.model.embed_tokens.weight, std=3.0)
@@ -222,10 +226,10 @@ def test_rows_that_read_like_the_text_spell_it(stage):
 def test_the_loss_is_the_likelihood_that_generation_assigns(stage, task, monkeypatch):
     """Codes forced frame by frame through the readable loop score what teacher forcing scores."""
     example = examples(stage, task)[0]
-    batch = stage.collate([example], 0)
-    (answer,) = batch.answers
+    (answer,) = stage.answers([example], 0)
+    batch = stage.lay_out([answer], 0)
     with torch.no_grad():
-        voice = stage.speaker(batch.mel, batch.frames)[0]
+        voice = stage.voices(batch)[0]
         loss = stage.loss("speech", batch, 0)
     model = omni(seed=41)
     row = model.speaker("ethan")
@@ -285,12 +289,13 @@ def test_the_talker_learns_which_token_it_said_last(place, tmp_path):
     s = replace(s, recipe=replace(s.recipe, optimization=replace(s.recipe.optimization, steps=40, lr=1e-2)))
     stage = SpeechStage(s)
     batch = stage.batch(0)
-    assert all(a.places is not None and len(a.places) == len(a.codes) for a in batch.answers)
+    assert (batch.said >= 0).all()
+    assert len(batch.said) == len(batch.codes) == batch.counts.sum()
     before = stage.loss("speech", batch, 0)
     assert before.total.item() == pytest.approx(sum(before.figures[n].item() for n in ("loss", "following")), rel=1e-5)
     train(stage, s.recipe, tmp_path, quiet=True)
     assert stage.loss("speech", batch, 0).figures["following"] < 0.85 * before.figures["following"]
-    unknown = replace(batch, answers=[replace(a, places=None) for a in batch.answers])
+    unknown = replace(batch, said=torch.full_like(batch.said, IGNORED))
     assert stage.loss("speech", unknown, 0).figures["following"] == 0
 
 
@@ -302,15 +307,15 @@ def test_frames_are_fed_back_as_the_talker_draws_them(place):
     )
     speech = stage.boxes.speaking()
     codes = torch.zeros(4000, speech.mtp.codebooks, dtype=torch.long)
-    before = torch.randn(len(codes) + 1, stage.talker_config.text.hidden_size)
+    before, counts = torch.randn(len(codes), stage.talker_config.text.hidden_size), torch.tensor([len(codes)])
     shares = []
     for seed in range(8):
-        made = stage.drawn(codes, before, torch.Generator().manual_seed(seed))
-        assert torch.equal(made, stage.drawn(codes, before, torch.Generator().manual_seed(seed)))
+        made, again = (stage.drawn(codes, before, counts, torch.Generator().manual_seed(seed)) for _ in range(2))
+        assert torch.equal(made, again)
         moved = (made != codes).any(1)
         shares.append(float(moved.float().mean()))
         seen = torch.bincount(made[moved, 0], minlength=speech.mtp.config.vocab_size) / len(codes)
-        chances = speech.talker.codec_head(before[:-1])[:, : len(seen)].softmax(-1).mean(0) * shares[-1]
+        chances = speech.talker.codec_head(before)[:, : len(seen)].softmax(-1).mean(0) * shares[-1]
         assert (seen - chances)[1:].abs().max() < 0.03
     assert min(shares) < 0.3
     assert max(shares) > 0.7
@@ -328,7 +333,7 @@ def test_frames_that_are_not_fed_back_tell_nothing(place):
         setting(place, "deaf", init, [{"cuts": "say.jsonl.gz", "task": "say"}], speaker=SPEAKER, deaf=1)
     )
     batch = stage.batch(0)
-    other = replace(batch, answers=[replace(a, codes=(a.codes + 1) % 8) for a in batch.answers])
+    other = replace(batch, codes=(batch.codes + 1) % 8)
     with torch.no_grad():
         for training in (True, False):
             stage.modules.train(training)
@@ -342,15 +347,31 @@ def test_places_are_where_an_encoder_reads_the_tokens(stage):
     ids += ids[-1:]  # once more: only a blank parts it from the one before
     rows = [i for token in ids for i in (blank, token, token)]
     table = torch.randn(VOCAB, 64, generator=torch.Generator().manual_seed(1))
-    scores = likeness(table[rows], table[[*ids, blank]])
-    assert first_rows(scores.numpy(), ids).tolist() == [3 * i + 1 for i in range(len(ids))]
-    assert first_rows(scores.numpy()[: len(ids) - 2], ids).tolist() == [
-        i * (len(ids) - 2) // len(ids) for i in range(len(ids))
-    ]
+    scores = likeness(table[rows], table[[blank, *ids]])
+    other = ids[::2]  # beside a shorter one, of which the rest is padding
+    scores = torch.stack(
+        [
+            scores,
+            F.pad(
+                likeness(table[other], table[[blank, *other]]), (0, len(ids) - len(other), 0, len(rows) - len(other))
+            ),
+        ]
+    )
+    texts = torch.stack([torch.tensor(ids), F.pad(torch.tensor(other), (0, len(ids) - len(other)))])
+    sizes = torch.tensor([len(ids), len(other)])
+    first, second = first_rows(scores, texts, torch.tensor([len(rows), len(other)]), sizes).tolist()
+    assert first == [3 * i + 1 for i in range(len(ids))]
+    assert second[: len(other)] == list(range(len(other)))
+    few = len(ids) - 2
+    evenly = first_rows(scores[:1, :few], texts[:1], torch.tensor([few]), sizes[:1])
+    assert evenly[0].tolist() == [i * few // len(ids) for i in range(len(ids))]
     (example,) = examples(stage, "talk")
     spoken = spoken_in(example)
     assert [text_of(one) for one in spoken] == ["one two three", "hello there"]
-    found = places(MODEL.aut, MODEL.thinker, MODEL.tokenizer, stage.codes, 0.08, spoken, stage.setting.runs, quiet=True)
+    codec = stage.codec.config
+    found = places(
+        MODEL.aut, MODEL.thinker, MODEL.tokenizer, stage.codes, codec, spoken, stage.setting.runs, quiet=True
+    )
     for one in spoken:
         place, text = found[key_of(one)], MODEL.tokenizer.encode(text_of(one))
         assert len(place) == len(stage.codes[key_of(one)])

@@ -10,18 +10,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor, nn
 
 from antiphon.audio import Samples
 from antiphon.codec import Codec
 from antiphon.files import read_safetensors, write_safetensors
-from antiphon.train.data import Example, load_samples
+from antiphon.train.data import Example, load_samples, pad
 from antiphon.train.talks import cut_out
 
 KEPT_EVERY = 4000  # clips: what a kill costs
-TOGETHER = 16  # clips
+TOGETHER = 64  # clips
 Spoken = tuple[Example, int]  # a cut and which of its supervisions is spoken
+SoundOf = Callable[[Spoken, int], Samples]  # `sound_of`, or what remembers it
 
 
 def key_of(spoken: Spoken) -> str:
@@ -30,16 +32,22 @@ def key_of(spoken: Spoken) -> str:
     return f"{part.id} {cut.start + part.start:.4f} {part.duration:.4f}"
 
 
-def encode(codec: Codec, spoken: Sequence[Spoken], cache: Path, *, quiet: bool = False) -> dict[str, Tensor]:
+def encode(
+    codec: Codec, spoken: Sequence[Spoken], cache: Path, *, sound: SoundOf | None = None, quiet: bool = False
+) -> dict[str, Tensor]:
     """Codes [T, Q] of what is spoken, by `key_of`; those that this codec made before are read from the folder `cache`.
 
     Raises:
         AudioError: a cut that cannot be read.
     """
+    rate, size = codec.config.sampling_rate, codec.config.frame_samples
+    device = next(codec.parameters()).device
 
     def make(some: Sequence[Spoken]) -> list[Tensor]:
-        sounds = [torch.from_numpy(sound_of(one, codec.config.sampling_rate)) for one in some]
-        return [codec.encode(sound[None])[0] for sound in sounds]
+        waves, lengths = pad([torch.from_numpy((sound or sound_of)(one, rate)) for one in some])
+        frames = -(-lengths // size)  # silence fills the last
+        codes = codec.encode(F.pad(waves, (0, int(frames.max()) * size - waves.shape[1])).to(device))
+        return [row[:count] for row, count in zip(codes.cpu(), frames.tolist(), strict=True)]
 
     return keep(cache / f"codes-{fingerprint(codec)}.safetensors", spoken, make, "codes of the corpus", quiet)
 

@@ -9,20 +9,26 @@ Shapes: B clips, N samples, T mel frames, F mel bins.
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from rich.progress import track
 from torch import Tensor
 
-from antiphon.audio import Resampler, Samples, check_samples
+from antiphon.audio import LogMel, Resampler, Samples, check_samples
+from antiphon.config import MelConfig
 from antiphon.errors import InputError
 from antiphon.train.recipe import Data, Source
 
+Item, Read = TypeVar("Item"), TypeVar("Read")
+Mel = NDArray[np.float32] | NDArray[np.float16]  # raw log-mel [T, F]
 PACE = 0.07  # seconds that it takes to say a character, about
 BUCKETS = 12  # lengths that share a batch; more means less padding and less variety in a batch
 
@@ -140,6 +146,11 @@ class Mix:
         self.rates = weights * (examples if data.batch_seconds else seconds)  # [source, bucket]: share of the examples
         self.sizes = np.maximum(1, (data.batch_seconds / self.edges).astype(int))  # examples per batch of a bucket
 
+    @property
+    def examples(self) -> list[Example]:
+        """All that can be drawn."""
+        return [example for row in self.cells for cell in row for example in cell]
+
     def draw(self, step: int) -> list[Example]:
         """This rank's examples of one step: at most `batch_seconds` when padded to the longest, one at least."""
         random = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, step, self.world - 1])))
@@ -150,6 +161,46 @@ class Mix:
         picks = random.random((self.world, count))[self.rank]
         cells = [self.cells[source][bucket] for source in _pick(self.rates[:, bucket], places)]
         return [cell[int(p * len(cell))] for cell, p in zip(cells, picks, strict=True)]
+
+
+class Kept(Generic[Read]):
+    """What `read` makes of examples. With `readers` all of them are read at once, by so many processes, and it stays.
+
+    A GPU takes steps faster than sounds are read and measured. What is kept may be of half precision (`numbers`).
+    """
+
+    def __init__(self, read: Callable[[Example], Read], examples: Sequence[Example], readers: int) -> None:
+        self.read, self.examples = read, examples if readers else []  # while they are here, no other has their `id`
+        made = read_together(read, self.examples, readers)
+        self.made = {id(example): one for example, one in zip(self.examples, made, strict=True)}
+
+    def __call__(self, example: Example) -> Read:
+        """What was made of it, or is now."""
+        return self.made[id(example)] if id(example) in self.made else self.read(example)
+
+
+def read_together(read: Callable[[Item], Read], items: Sequence[Item], readers: int) -> list[Read]:
+    """`read` of all items, in forked processes if there are to be any; then it may give arrays and no tensors."""
+    global _reading
+    if not items or not readers:
+        return list(map(read, items))
+    _reading = read, items
+    with multiprocessing.get_context("fork").Pool(readers, torch.set_num_threads, (1,)) as pool:
+        made = pool.imap(_read_one, range(len(items)), chunksize=64)
+        return list(track(made, "reading sounds", total=len(items)))
+
+
+_reading: tuple[Callable[[Any], Any], Sequence[Any]] = (lambda item: item, ())  # as forked processes find it
+
+
+def _read_one(index: int) -> Any:
+    read, items = _reading
+    return read(items[index])
+
+
+def numbers(data: Data) -> type:
+    """Type of the log-mels that are kept in memory: at half precision they differ by less than a thousandth."""
+    return np.float16 if data.readers else np.float32
 
 
 def _pick(shares: np.ndarray, places: np.ndarray | float) -> np.ndarray:
@@ -186,7 +237,17 @@ def pad(tensors: Sequence[Tensor], value: float = 0.0) -> tuple[Tensor, Tensor]:
     return torch.nn.utils.rnn.pad_sequence(list(tensors), batch_first=True, padding_value=value), lengths
 
 
-def listened(examples: Sequence[Example], log_mel: Callable[..., Tensor], rate: int) -> tuple[Tensor, Tensor]:
-    """Raw log-mel [B, T, F] of the examples, each computed on its own as in inference, and its frames [B]."""
-    mels = [log_mel(torch.from_numpy(load_samples(e.cut, rate))[None], final=True)[0] for e in examples]
-    return pad(mels)
+def measured(samples: Samples, config: MelConfig) -> Mel:
+    """Raw log-mel [T, F] of a clip [N], computed on its own as in inference."""
+    with torch.inference_mode():
+        return _front_end(config)(torch.from_numpy(np.ascontiguousarray(samples))[None], final=True)[0].numpy()
+
+
+@lru_cache
+def _front_end(config: MelConfig) -> LogMel:
+    return LogMel(config)
+
+
+def listened(mels: Sequence[Mel]) -> tuple[Tensor, Tensor]:
+    """Raw log-mel [B, T, F] of clips, and their frames [B]."""
+    return pad([torch.from_numpy(mel) for mel in mels])

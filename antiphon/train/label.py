@@ -14,7 +14,7 @@ import torch
 from rich.progress import track
 
 from antiphon.errors import ConfigError, InputError
-from antiphon.train.data import Example, batches, listened, read_cuts
+from antiphon.train.data import Example, Kept, batches, listened, read_cuts
 from antiphon.train.recipe import read_fields
 from antiphon.train.stages.aut import AuTStage, write
 from antiphon.train.stages.common import Setting
@@ -62,10 +62,13 @@ def labelled(
 ) -> Iterator[dict[str, Any]]:
     """Cuts with the teacher's transcripts, as lines of a manifest, in the order of the examples."""
     found: dict[str, dict[str, Any]] = {}
-    groups = list(batches(examples, recipe.data.batch_seconds))
+    groups, clips = (
+        list(batches(examples, recipe.data.batch_seconds)),
+        Kept(teacher.read, examples, recipe.data.readers),
+    )
     with torch.inference_mode():
         for part in track(groups, recipe.name, disable=quiet):
-            mel, frames = listened(part, teacher.log_mel, teacher.config.mel.sample_rate)
+            mel, frames = listened([clips(example)[0] for example in part])
             states, heard = teacher.encode(mel, frames, options.window)
             ids, scores = write(teacher.decoder, states, heard, teacher.tokenizer)
             for example, line, score in zip(part, ids, scores.tolist(), strict=True):

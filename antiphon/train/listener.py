@@ -6,7 +6,7 @@ Shapes: R rows, N samples, S audio tokens, T frames of codes, W width.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from antiphon.audio import LogMel, Resampler
 from antiphon.aut import AuT, TextDecoder
@@ -17,15 +17,21 @@ from antiphon.train.text import read_transcript
 
 
 class Listener:
-    """AuT behind a resampler, never trained here; with its text decoder it also writes what it hears."""
+    """AuT behind a resampler, never trained here; with its text decoder it also writes what it hears.
 
-    def __init__(self, aut: AuT, sample_rate: int, decoder: TextDecoder | None = None) -> None:
-        self.aut, self.decoder, self.config = aut.eval().requires_grad_(False), decoder, aut.config
+    `ctc` is its CTC head, for those who learn from it.
+    """
+
+    def __init__(
+        self, aut: AuT, sample_rate: int, decoder: TextDecoder | None = None, ctc: nn.Linear | None = None
+    ) -> None:
+        self.aut, self.decoder, self.ctc, self.config = aut.eval().requires_grad_(False), decoder, ctc, aut.config
         device = aut.conv_out.weight.device
         self.resample = Resampler(sample_rate, self.config.mel.sample_rate).to(device)
         self.log_mel = LogMel(self.config.mel).to(device)
-        if decoder is not None:
-            decoder.eval().requires_grad_(False)
+        for part in (decoder, ctc):
+            if part is not None:
+                part.eval().requires_grad_(False)
 
     @torch.no_grad()
     def states(self, wave: Tensor) -> Tensor:

@@ -115,4 +115,4 @@ def ctc_and_ways(scores: Tensor, text: Tensor, heard: Tensor, lengths: Tensor, b
 
 
 def _ctc(log: Tensor, text: Tensor, heard: Tensor, lengths: Tensor, blank: int) -> Tensor:
-    return F.ctc_loss(log, text, heard.cpu(), lengths, blank, "none", zero_infinity=True)
+    return F.ctc_loss(log, text.to(log.device), heard.cpu(), lengths, blank, "none", zero_infinity=True)

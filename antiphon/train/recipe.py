@@ -77,6 +77,7 @@ class Data:
     validation: tuple[Source, ...] = ()
     batch_seconds: float = 60.0
     max_seconds: float = 30.0
+    readers: int = 0  # processes that read all sounds before the first step, to stay in memory; 0: each as it is needed
 
 
 NO_OPTIMIZATION = Optimization(1, 1.0)  # of a tokenizer, which has no weights

@@ -23,7 +23,7 @@ from antiphon.audio import Samples
 from antiphon.chat import TurnWriter, tool_results_text
 from antiphon.errors import InputError
 from antiphon.tokenizer import Tokenizer
-from antiphon.train.data import Example, load_samples, resample
+from antiphon.train.data import Example, Mel, load_samples, resample
 from antiphon.train.world import LANGUAGES
 from antiphon.transcripts import PROMPTS
 
@@ -40,7 +40,7 @@ class Talk:
 
     ids: list[int]
     said: list[bool]  # per id: the assistant's own, to be learnt
-    clips: list[Samples]  # at the front end's rate, in the order of their audio ids
+    clips: list[Mel]  # raw log-mel [T, F] of each, in the order of their audio ids
     places: list[int]  # of each clip's first id
     user: list[bool]  # per id: of a user's turn, so part of the Talker's prompt
     sound: list[bool]  # per id: a place for a row of the encoder's
@@ -101,8 +101,12 @@ def _as_text(message: Message, said: Sequence[str]) -> Message:
     return {"role": "user", "content": " ".join(said[int(part["supervision"])] for part in message["content"])}
 
 
-def lay_out(example: Example, tokenizer: Tokenizer, tokens: Callable[[int], int], rate: int) -> Talk:
-    """An example as ids and clips; `tokens(samples)` says how many audio tokens a clip at `rate` becomes."""
+def lay_out(
+    example: Example, tokenizer: Tokenizer, hear: Callable[[Samples], Mel], tokens: Callable[[int], int], rate: int
+) -> Talk:
+    """An example as ids and clips: `hear` gives the log-mel of one at `rate`, `tokens` how many audio tokens its frames
+    become.
+    """
     talk, writer = Talk([], [], [], [], [], [], [], []), TurnWriter(tokenizer)
     sound = None
 
@@ -138,7 +142,7 @@ def lay_out(example: Example, tokenizer: Tokenizer, tokens: Callable[[int], int]
                 sound = load_samples(example.cut, example.cut.sampling_rate) if sound is None else sound
                 talk.places.append(len(talk.ids))
                 talk.texts.append(text)
-                talk.clips.append(cut_out(example, sound, int(part["supervision"]), rate))
+                talk.clips.append(hear(cut_out(example, sound, int(part["supervision"]), rate)))
                 add([tokenizer.config.audio_token_id] * tokens(len(talk.clips[-1])), user=user, audio=True)
             add(writer.close_audio(), user=user)
         add(writer.close(), user=user)

@@ -19,11 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from antiphon.audio import LogMel
 from antiphon.aut import AuT, TextDecoder, TextDecoderConfig
 from antiphon.error_rates import error_rates
 from antiphon.tokenizer import Tokenizer
-from antiphon.train.data import Example, batches, listened, pad, read_cuts
+from antiphon.train.data import Example, Kept, Mel, batches, listened, load_samples, measured, numbers, pad, read_cuts
 from antiphon.train.loop import Figures, Loss
 from antiphon.train.losses import ctc_per_token
 from antiphon.train.recipe import read_fields
@@ -31,6 +30,7 @@ from antiphon.train.stages.common import Setting, manifests
 from antiphon.train.text import read_transcript, transcript
 
 IGNORED = -100  # label of padding
+Clip = tuple[Mel, list[int]]  # and the ids of its transcript
 LONGEST = 120  # text tokens that a clip is given at most
 
 
@@ -78,8 +78,8 @@ class AuTStage:
         begin_decoder(self.decoder)
         modules = nn.ModuleDict({"aut": self.aut, "decoder": self.decoder, "ctc": self.ctc})
         self.modules = setting.prepare(modules)
-        self.log_mel = LogMel(self.config.mel)
         self.mix = setting.mix() if recipe.data.mix else None
+        self.kept = Kept(self.read, self.mix.examples if self.mix else [], recipe.data.readers)
 
     def players(self) -> dict[str, list[str]]:
         """One player; the projection to the Thinker is trained with the Thinker."""
@@ -93,13 +93,18 @@ class AuTStage:
             np.random.Philox(np.random.SeedSequence([self.setting.recipe.seed, step, 1 << 20]))
         )
         window = self.options.windows[int(random.random() * len(self.options.windows))]
-        return self.collate(self.mix.draw(step), window)
+        return self.collate([self.kept(e) for e in self.mix.draw(step)], window)
 
-    def collate(self, examples: Sequence[Example], window: int) -> AuTBatch:
-        """Examples as tensors."""
-        mel, frames = listened(examples, self.log_mel, self.config.mel.sample_rate)
-        config = self.tokenizer.config
-        ids = [self.tokenizer.encode(transcript(e.text, e.language))[:LONGEST] for e in examples]
+    def read(self, example: Example) -> Clip:
+        """A clip, and the ids of its transcript."""
+        mel = measured(load_samples(example.cut, self.config.mel.sample_rate), self.config.mel)
+        ids = self.tokenizer.encode(transcript(example.text, example.language))[:LONGEST]
+        return mel.astype(numbers(self.setting.recipe.data), copy=False), ids
+
+    def collate(self, clips: Sequence[Clip], window: int) -> AuTBatch:
+        """Clips as tensors."""
+        mel, frames = listened([mel for mel, _ in clips])
+        config, ids = self.tokenizer.config, [line for _, line in clips]
         fed, _ = pad([torch.tensor([config.im_start_token_id, *line]) for line in ids])
         wanted, _ = pad([torch.tensor([*line, config.im_end_token_id]) for line in ids], IGNORED)
         text, lengths = pad([torch.tensor(line) for line in ids])
@@ -125,7 +130,7 @@ class AuTStage:
 
     def encode(self, mel: Tensor, frames: Tensor, window: int) -> tuple[Tensor, Tensor]:
         """Encoder states [B, S, W] of padded clips, and which of them are sound [B, S]."""
-        states = self.aut.encode(mel.to(self.device), window=window, frames=frames)
+        states = self.aut.encode(mel.to(self.device).float(), window=window, frames=frames)
         tokens = torch.tensor([self.config.tokens(int(n)) for n in frames])
         return states, (torch.arange(states.shape[1]) < tokens[:, None]).to(self.device)
 
@@ -154,7 +159,7 @@ class AuTStage:
         """What the model writes for each example, and the language it names."""
         heard = []
         for part in batches(examples, self.setting.recipe.data.batch_seconds * 2):
-            mel, frames = listened(part, self.log_mel, self.config.mel.sample_rate)
+            mel, frames = listened([self.read(e)[0] for e in part])
             states, sound = self.encode(mel, frames, window)
             ids, _ = write(self.decoder, states, sound, self.tokenizer)
             heard += [(e, *read_transcript(self.tokenizer.decode(line))) for e, line in zip(part, ids, strict=True)]

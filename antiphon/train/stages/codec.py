@@ -32,7 +32,7 @@ from antiphon.error_rates import error_rates
 from antiphon.errors import ConfigError
 from antiphon.streaming import run_convolutions, tails_of
 from antiphon.train.adversary import Adversary, feature_loss, fooling_loss, judging_loss
-from antiphon.train.data import Example, load_samples, read_cuts
+from antiphon.train.data import Example, Kept, load_samples, read_cuts
 from antiphon.train.listener import Listener
 from antiphon.train.loop import Figures, Loss, load_weights
 from antiphon.train.losses import FLOOR, SpectralDistance, Spectrum
@@ -101,14 +101,14 @@ class SoundStage(ABC):
         self.judged_from = round(o.judging.start * self.plan.steps)
         if self.judged_from < self.plan.steps:
             modules[JUDGES] = Adversary(o.judging.periods, o.judging.sizes, o.judging.width)
-        aut, text = listening_modules(setting, o.decoder)
-        listening = {name: box for name, box in (("aut", aut), ("decoder", text)) if box is not None}
+        listening = listening_modules(setting, o.decoder)
         self.modules = setting.prepare(nn.ModuleDict(modules | listening))
         for name in listening:  # not trained here: their own run keeps them
             self.modules.pop(name)
-        self.listener = Listener(aut, self.config.sampling_rate, text) if aut is not None else None
+        self.listener = Listener(**listening, sample_rate=self.config.sampling_rate) if listening else None
         self.distance = SpectralDistance(self.config.sampling_rate, o.spectra).to(self.device)
         self.mix = setting.mix(replace(recipe.data, batch_seconds=0))
+        self.kept = Kept(self.read, self.mix.examples, recipe.data.readers)
         self.heard: tuple[Tensor, Tensor] | None = None  # recorded and made: from one player of a step to the other
 
     @abstractmethod
@@ -134,9 +134,12 @@ class SoundStage(ABC):
         places = np.random.Generator(
             np.random.Philox(np.random.SeedSequence([self.setting.recipe.seed, step, 1 << 21]))
         )
-        clips = [self.mix.draw(step * rows + row)[0].cut for row in range(rows)]
-        crops = [crop(load_samples(c, self.config.sampling_rate), samples, places.random()) for c in clips]
-        return torch.from_numpy(np.stack(crops))
+        clips = [self.kept(self.mix.draw(step * rows + row)[0]) for row in range(rows)]
+        return torch.from_numpy(np.stack([crop(clip, samples, places.random()) for clip in clips]))
+
+    def read(self, example: Example) -> Samples:
+        """Samples [N] of a clip."""
+        return load_samples(example.cut, self.config.sampling_rate)
 
     def loss(self, player: str, batch: Tensor, step: int) -> Loss:
         """Distances, what the stage adds, and the adversary's part; for the adversary, its own."""
@@ -234,7 +237,7 @@ class CodecStage(SoundStage):
         modules |= {"head": self.head, "outline": self.outline}
         trained = ["codec", "code2wav.pre_transformer", "code2wav.upsample", "head", "outline"]
         if "aut" in setting.recipe.init:
-            modules["semantic"] = nn.Linear(config.hidden_size, setting.config.audio.d_model)
+            modules["semantic"] = Pupil(config.hidden_size, setting.config.audio.d_model)
             trained.append("semantic")
         begin(self.codec)
         begin(self.code2wav)
@@ -276,9 +279,17 @@ class CodecStage(SoundStage):
         return 1 + int(place**2 * (self.config.num_quantizers - 1)) if share < self.options.few else None
 
     def _taught(self, semantic: Tensor, wave: Tensor, teacher: Listener) -> Tensor:
-        """How far the semantic codebook is from what AuT makes of the same moments: 1 - cosine."""
-        wanted = teacher.states_at(wave, self.config.frame_rate, semantic.shape[1])
-        return 1 - F.cosine_similarity(self.modules["semantic"](semantic).float(), wanted.float(), dim=-1).mean()
+        """How far the semantic codebook is from what AuT makes of the same moments.
+
+        1 - cosine, and where there is a CTC head how far what it spells there is from what it spells in AuT's states.
+        """
+        wanted = teacher.states_at(wave, self.config.frame_rate, semantic.shape[1]).float()
+        known = self.modules["semantic"](semantic).float()
+        apart = 1 - F.cosine_similarity(known, wanted, dim=-1).mean()
+        if teacher.ctc is None:
+            return apart
+        spelled, said = (teacher.ctc(x).float().log_softmax(-1) for x in (known, wanted))
+        return apart + F.kl_div(spelled, said, reduction="none", log_target=True).sum(-1).mean()
 
     def sound(self, latents: Tensor) -> Tensor:
         """Wave [R, N] of quantized latents [R, T, W]."""
@@ -372,6 +383,17 @@ class SpectrumHead(nn.Module):
         return torch.stack(shifted).sum(0).flatten(1)
 
 
+class Pupil(nn.Sequential):
+    """Semantic latents -> AuT's states: each from those around it, as what is said takes more codes than one."""
+
+    def __init__(self, width: int, out: int, around: int = 5) -> None:
+        super().__init__(nn.Conv1d(width, width, around, padding=around // 2), nn.GELU(), nn.Conv1d(width, out, 1))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[R, T, W] -> [R, T, AuT's width]."""
+        return super().forward(input.transpose(1, 2)).transpose(1, 2)
+
+
 class Outline(nn.Module):
     """A linear map from latents to log-mel: what codes should say at least, and the shortest way to teach it."""
 
@@ -449,15 +471,19 @@ def embed_codebooks(code2wav: Code2Wav, codec: Codec) -> None:
     code2wav.code_embedding.weight.copy_(len(tables) * tables.flatten(0, 1))
 
 
-def listening_modules(setting: Setting, decoder: dict[str, Any]) -> tuple[AuT | None, TextDecoder | None]:
-    """AuT, and its text decoder of sizes `decoder`, each if the recipe begins it from a run."""
+def listening_modules(setting: Setting, decoder: dict[str, Any]) -> dict[str, Any]:
+    """AuT, and its CTC head and its text decoder of sizes `decoder`, each if the recipe begins it from a run."""
     init, c = setting.recipe.init, setting.config
-    aut = AuT(c.audio) if "aut" in init else None
-    if "decoder" not in init:
-        return aut, None
-    sizes = {"vocab_size": c.text.vocab_size, **decoder}
-    config = read_fields(TextDecoderConfig, sizes, f"{setting.recipe.name}.options.decoder")
-    return aut, TextDecoder(config, c.audio.d_model)
+    if "aut" not in init:
+        return {}
+    parts: dict[str, Any] = {"aut": AuT(c.audio)}
+    if "ctc" in init:
+        parts["ctc"] = nn.Linear(c.audio.d_model, c.text.vocab_size + 1)
+    if "decoder" in init:
+        sizes = {"vocab_size": c.text.vocab_size, **decoder}
+        config = read_fields(TextDecoderConfig, sizes, f"{setting.recipe.name}.options.decoder")
+        parts["decoder"] = TextDecoder(config, c.audio.d_model)
+    return parts
 
 
 # --------------------------------------------------------------------------------------- sizes and sound

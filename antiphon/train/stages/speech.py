@@ -26,15 +26,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from antiphon.audio import LogMel, write_audio
+from antiphon.audio import LogMel, Samples, write_audio
 from antiphon.codec import Codec
 from antiphon.errors import ConfigError
 from antiphon.generate import Omni, collect
 from antiphon.speaker import SpeakerConfig, SpeakerEncoder
-from antiphon.talker import CLONED, talker_prompt
+from antiphon.talker import CLONED, Rows, talker_prompt
 from antiphon.train.codes import Spoken, encode, key_of, sound_of
 from antiphon.train.copying import begin_following
-from antiphon.train.data import Example, pad, read_cuts
+from antiphon.train.data import Example, Kept, numbers, pad, read_cuts, read_together
 from antiphon.train.following import places
 from antiphon.train.loop import Figures, Loss
 from antiphon.train.losses import likeness
@@ -76,12 +76,18 @@ class Answer:
 
 @dataclass(frozen=True)
 class SpeechBatch:
-    """Answers as tensors."""
+    """Answers as tensors, the positions of all of them one after another: P in all, N of them frames."""
 
-    answers: Sequence[Answer]
-    mel: Tensor  # [B, frames, F] of the references
-    frames: Tensor  # [B]
+    rows: Rows  # [P] but for the codes
+    lengths: Tensor  # [B] positions
+    counts: Tensor  # [B] frames, each answer's last positions
+    codes: Tensor  # [N, Q]
+    references: Tensor  # [B, samples]
     talks: TalkBatch | None  # of the answers that have a conversation, in order
+    user: Tensor | None  # [n, T] which of its positions are a user's,
+    heard: Tensor  # and which of P those are
+    words: Tensor  # [n] ids of what can have been said, sorted
+    said: Tensor  # [N] which of them has been said last at a frame, IGNORED where it is not to be followed
     seed: int
 
 
@@ -126,9 +132,10 @@ class SpeechStage:
             if found := begin_following(speech.talker, speech.mtp, table):
                 seen, said = found
                 self.reads.weight.data.copy_(seen.T @ said)
-        self.log_mel, self.voice_mel = LogMel(config.audio.mel), LogMel(speaker.mel)
+        self.voice_mel = LogMel(speaker.mel).to(self.device)
         self.newline = self.tokenizer.encode("\n")[0]
         self.mix = setting.mix()
+        self.talks = Kept(self.talk, self.mix.examples, recipe.data.readers)
         self._gather()
 
     def _gather(self) -> None:
@@ -139,13 +146,33 @@ class SpeechStage:
                 Example(c, source.task) for c in read_cuts(source.cuts, self.setting.cuts)[: self.options.validated]
             ]
         spoken = [one for e in examples for one in spoken_in(e)]
-        runs, aut, thinker = self.setting.runs, self.boxes.aut, self.boxes.thinker
-        self.codes = encode(self.codec, spoken, runs)
+        runs, aut, thinker, readers = (
+            self.setting.runs,
+            self.boxes.aut,
+            self.boxes.thinker,
+            self.setting.recipe.data.readers,
+        )
+        rate, kept = self.codec.config.sampling_rate, spoken if readers else []
+        sounds = read_together(lambda one: sound_of(one, rate), kept, readers)
+        self.recorded = {key_of(one): sound for one, sound in zip(kept, sounds, strict=True)}
+        self.codes = encode(self.codec, spoken, runs, sound=self.sound)
         some = spoken[:: -(-len(spoken) // self.options.followed)] if self.options.follow else []
-        self.places = places(aut, thinker, self.tokenizer, self.codes, 1 / self.codec.config.frame_rate, some, runs)
+        self.places = places(aut, thinker, self.tokenizer, self.codes, self.codec.config, some, runs, sound=self.sound)
         self.by_voice: dict[str, list[Spoken]] = {}
         for one in spoken:
             self.by_voice.setdefault(voice_of(one), []).append(one)
+        self.place = {key_of(one): i for voice in self.by_voice.values() for i, one in enumerate(voice)}
+
+    def sound(self, spoken: Spoken, rate: int) -> Samples:
+        """As `sound_of`, remembered where the recipe has readers."""
+        sound = self.recorded.get(key_of(spoken)) if rate == self.codec.config.sampling_rate else None
+        return sound_of(spoken, rate) if sound is None else sound
+
+    def talk(self, example: Example) -> Talk | None:
+        """The conversation of an example, none for a sentence alone."""
+        if example.task == "say":
+            return None
+        return read_talk(example, self.tokenizer, self.config, numbers(self.setting.recipe.data))
 
     def players(self) -> dict[str, list[str]]:
         """One player."""
@@ -157,94 +184,134 @@ class SpeechStage:
 
     def collate(self, examples: Sequence[Example], step: int) -> SpeechBatch:
         """Examples as tensors; which answer of a conversation and which reference is a function of `step`."""
+        return self.lay_out(self.answers(examples, step), step)
+
+    def answers(self, examples: Sequence[Example], step: int) -> list[Answer]:
+        """One answer of each example."""
         random = np.random.Generator(
             np.random.Philox(np.random.SeedSequence([self.setting.recipe.seed, step, 1 << 21]))
         )
-        answers = [self.answer(e, random) for e in examples]
-        mel, frames = pad([self.voice_mel(a.reference[None], final=True)[0] for a in answers])
-        talks = [a.talk for a in answers if a.talk is not None]
-        heard = collate_talks(talks, self.config, self.log_mel, self.config.audio.window_chunks) if talks else None
-        return SpeechBatch(answers, mel, frames, heard, step)
+        return [self.answer(e, random) for e in examples]
 
     def answer(self, example: Example, random: np.random.Generator) -> Answer:
         """One answer of an example and a reference of its voice."""
         spoken = spoken_in(example)
         chosen = spoken[int(random.random() * len(spoken))]
-        others = [one for one in self.by_voice[voice_of(chosen)] if one != chosen] or [chosen]
-        sound = sound_of(others[int(random.random() * len(others))], self.speaker.config.sample_rate)
+        voice, own = self.by_voice[voice_of(chosen)], self.place[key_of(chosen)]
+        other = voice[(own + 1 + int(random.random() * max(1, len(voice) - 1))) % len(voice)]
+        sound = self.sound(other, self.speaker.config.sample_rate)
         length = round(self.options.reference * self.speaker.config.sample_rate)
         start = int(random.random() * max(1, len(sound) - length))
-        reference = torch.from_numpy(np.ascontiguousarray(sound[start : start + length]))
+        reference = torch.from_numpy(np.resize(sound[start : start + length], length))  # a short one says it again
         codes, said = self.codes[key_of(chosen)], self.places.get(key_of(chosen))
-        if example.task == "say":
+        talk = self.talks(example)
+        if talk is None:
             return Answer(self.tokenizer.encode(example.text), codes, reference, None, said)
-        talk = read_talk(example, self.tokenizer, self.config)
         reply = next(r for r in talk.replies if r.supervision == chosen[1])
         return Answer(talk.ids[reply.start : reply.stop], codes, reference, talk.before(reply.start), said)
 
-    def prompts(self, batch: SpeechBatch) -> list[Tensor]:
-        """The Talker's input [P, W] of each answer but for the codes: the prompt, then a position per frame."""
-        voices = self.speaker(batch.mel.to(self.device), batch.frames)
-        accept: list[Tensor] = []
-        if batch.talks is not None:
+    def lay_out(self, answers: Sequence[Answer], seed: int) -> SpeechBatch:
+        """Answers as tensors."""
+        rows, lengths, heard = Rows([], []), [], []
+        for a in answers:
+            user = [i for i, mine in zip(a.talk.ids, a.talk.user, strict=True) if mine] if a.talk else []
+            heard.append(torch.arange(len(user)) + len(rows.text))
+            prompt = talker_prompt(self.config, user, self.newline, CLONED, a.text, len(a.codes))
+            lengths.append(len(prompt.text))
+            rows.text.extend(prompt.text)
+            rows.codec.extend(prompt.codec)
+        talks = [a.talk for a in answers if a.talk is not None]
+        begun = self.config.tts_bos_token_id  # before the first has been said
+        words = torch.tensor(sorted({begun, *chain.from_iterable(a.text for a in answers if a.places is not None)}))
+        said = [
+            torch.full((len(a.codes),), IGNORED)
+            if a.places is None
+            else torch.searchsorted(words, torch.tensor([begun, *a.text])[a.places])
+            for a in answers
+        ]
+        return SpeechBatch(
+            rows,
+            torch.tensor(lengths),
+            torch.tensor([len(a.codes) for a in answers]),
+            torch.cat([a.codes for a in answers]),
+            torch.stack([a.reference for a in answers]),
+            collate_talks(talks, self.config.audio.window_chunks) if talks else None,
+            pad([torch.tensor(t.user) for t in talks])[0] if talks else None,
+            torch.cat(heard),
+            words,
+            torch.cat(said),
+            seed,
+        )
+
+    def voices(self, batch: SpeechBatch) -> Tensor:
+        """What the speaker encoder makes of the references [B, W]."""
+        return self.speaker(self.voice_mel(batch.references.to(self.device), final=True))
+
+    def prompts(self, batch: SpeechBatch) -> Tensor:
+        """The Talker's input [P, W] but for the codes: the prompts, and a position per frame."""
+        voices, accept = self.voices(batch), None
+        if batch.talks is not None and batch.user is not None:
             with torch.no_grad():
-                heard = hear_talks(self.boxes.aut, batch.talks, self.device)
-                x = embed_talks(self.boxes.thinker, self.boxes.aut, batch.talks, heard, self.device)
-                states = self.boxes.thinker(x)[1]
-            accept = list(states)
-        prompts = []
-        for answer, voice in zip(batch.answers, voices, strict=True):
-            talk, heard = answer.talk, None
-            user: list[int] = []
-            if talk is not None:
-                user = [i for i, mine in zip(talk.ids, talk.user, strict=True) if mine]
-                heard = accept.pop(0)[: len(talk.ids)][torch.tensor(talk.user, device=self.device)]
-            rows = talker_prompt(self.config, user, self.newline, CLONED, answer.text, len(answer.codes))
-            if heard is not None:
-                heard = F.pad(heard, (0, 0, 0, len(rows.text) - len(user)))
-            prompts.append(self.boxes.embed_rows(rows, heard, voice[None])[0])
-        return prompts
+                rows = hear_talks(self.boxes.aut, batch.talks, self.device)
+                x = embed_talks(self.boxes.thinker, self.boxes.aut, batch.talks, rows, self.device)
+                states = self.boxes.thinker(x)[1][batch.user.to(self.device)]
+                accept = states.new_zeros(len(batch.rows.text), states.shape[1])
+                accept = accept.index_copy(0, batch.heard.to(self.device), states)
+        return self.boxes.embed_rows(batch.rows, accept, voices)[0]
 
-    def hidden(self, prompts: Sequence[Tensor], frames: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """The Talker's states of each answer with embedded frames [T, W] fed back.
+    def hidden(self, batch: SpeechBatch, prompts: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """The Talker's states when embedded frames [N, W] are fed back.
 
-        At the top those [T + 1, W] before every frame and the end, halfway up those [T, W] at the frames.
+        At the top those [N + B, W] before every frame and every end, halfway up those [N, W] at the frames.
         """
-        x, _ = pad([torch.cat([p[: -len(f)], p[-len(f) :] + f]) for p, f in zip(prompts, frames, strict=True)])
+        rows, longest = len(batch.lengths), int(batch.lengths.max())
+        row, column = (torch.arange(longest) < batch.lengths[:, None]).nonzero().unbind(1)
+        fed = column >= (batch.lengths - batch.counts)[row]  # frames are fed here,
+        scored = column >= (batch.lengths - batch.counts)[row] - 1  # and these say what comes next
+        place = (row * longest + column).to(self.device)
+        x = prompts.index_add(0, fed.nonzero()[:, 0].to(self.device), frames.to(prompts.dtype))
+        padded = x.new_zeros(rows * longest, x.shape[1]).index_copy(0, place, x).unflatten(0, (rows, longest))
         talker = self.boxes.speaking().talker.model
-        sizes = [(len(p), len(f)) for p, f in zip(prompts, frames, strict=True)]
-        top, halfway = talker(x, tap=len(talker.layers) // 2)
-        before = [row[n - frames - 1 : n] for row, (n, frames) in zip(top, sizes, strict=True)]
-        return before, [row[n - frames : n] for row, (n, frames) in zip(halfway, sizes, strict=True)]
+        top, halfway = talker(padded, tap=len(talker.layers) // 2)
+        return top.flatten(0, 1)[place[scored.to(self.device)]], halfway.flatten(0, 1)[place[fed.to(self.device)]]
 
-    def scores(self, batch: SpeechBatch) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Talker's states [n, W] before every frame and the end, and codes [n, Q] that follow, -1 for the end.
+    def scores(self, batch: SpeechBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Talker's states [N + B, W] before every frame and every end, and halfway up those [N, W] at the frames.
 
-        Also the states [T, W] halfway up at the frames of each answer.
+        Between them the codes [N + B, Q] that follow, -1 for ends.
         """
-        prompts, recorded = self.prompts(batch), [a.codes.to(self.device) for a in batch.answers]
-        embed, generator = self.boxes.speaking().frame_embedding, torch.Generator().manual_seed(batch.seed)
-        frames = [embed(codes) for codes in recorded]
+        prompts, codes = self.prompts(batch), batch.codes.to(self.device)
+        embed, generator = self.boxes.speaking().frame_embedding, self._generator(batch)
+        ends = (batch.counts + 1).cumsum(0) - 1
+        real = torch.ones(int(ends[-1]) + 1, dtype=torch.bool).index_fill(0, ends, False).to(self.device)
+        frames = embed(codes)
         if self.speaker.training:
             if self.options.drawn:
                 with torch.no_grad():
-                    before = self.hidden(prompts, frames)[0]
-                frames = [embed(self.drawn(*both, generator)) for both in zip(recorded, before, strict=True)]
-            frames = [f * (torch.rand(len(f), 1, generator=generator) >= self.options.deaf).to(f) for f in frames]
-        states, halfway = self.hidden(prompts, frames)
-        return torch.cat(states), torch.cat([F.pad(codes, (0, 0, 0, 1), value=-1) for codes in recorded]), halfway
+                    before = self.hidden(batch, prompts, frames)[0][real]
+                frames = embed(self.drawn(codes, before, batch.counts, generator))
+            if self.options.deaf:
+                deaf = torch.rand(len(frames), 1, generator=generator, device=self.device) < self.options.deaf
+                frames = frames.masked_fill(deaf, 0)
+        states, halfway = self.hidden(batch, prompts, frames)
+        wanted = codes.new_full((len(real), codes.shape[1]), -1)
+        return states, wanted.index_copy(0, real.nonzero()[:, 0], codes), halfway
+
+    def _generator(self, batch: SpeechBatch) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(batch.seed)
 
     @torch.no_grad()
-    def drawn(self, codes: Tensor, before: Tensor, generator: torch.Generator) -> Tensor:
-        """Codes [T, Q] of which a share of the frames is what is drawn from states [T + 1, W] after recorded frames.
+    def drawn(self, codes: Tensor, before: Tensor, counts: Tensor, generator: torch.Generator) -> Tensor:
+        """Codes [N, Q] of which a share is what is drawn from states [N, W] before them, after recorded frames.
 
         What is drawn is often not what was recorded, residual codes nearly always. A Talker that is fed recorded ones
         only learns to hear in them where it is, and loses its text on its own. The share is between none and twice
-        `options.drawn`, another for each answer.
+        `options.drawn`, another for each answer; `counts` [B] are their frames.
         """
         speech = self.boxes.speaking()
-        share = 2 * self.options.drawn * torch.rand(1, generator=generator)
-        chosen = (torch.rand(len(codes), generator=generator) < share).nonzero()[:, 0].to(codes.device)
+        share = 2 * self.options.drawn * torch.rand(len(counts), generator=generator, device=codes.device)
+        share = share.repeat_interleave(counts.to(codes.device))
+        chosen = (torch.rand(len(codes), generator=generator, device=codes.device) < share).nonzero()[:, 0]
         if not len(chosen):
             return codes
         states, kinds = before[chosen], speech.mtp.config.vocab_size
@@ -261,10 +328,9 @@ class SpeechStage:
         wanted = torch.where(codes[:, 0] < 0, self.talker_config.codec_eos_token_id, codes[:, 0])
         main = F.cross_entropy(first.float(), wanted)
         real = (codes[:, 0] >= 0).nonzero()[:, 0]
-        generator = torch.Generator().manual_seed(batch.seed)
-        order = torch.randperm(len(real), generator=generator)
+        order = torch.randperm(len(real), generator=self._generator(batch), device=self.device)
         share = self.options.mtp_share if speech.mtp.training else 1.0
-        chosen = real[order[: max(1, round(len(real) * share))].sort().values.to(real.device)]
+        chosen = real[order[: max(1, round(len(real) * share))].sort().values]
         with self.plan.autocast(self.device):
             fed = speech.talker.model.codec_embedding(codes[chosen, 0])
             rest = speech.mtp.logits(states[chosen], fed, codes[chosen, 1:])
@@ -277,17 +343,15 @@ class SpeechStage:
             figures["following"], total = following, total + self.options.follow * following
         return Loss(total, {k: v.detach() for k, v in figures.items()})
 
-    def following(self, batch: SpeechBatch, heard: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of the token said last, of all tokens of the batch, over states [T, W]; and the share found."""
-        begun = self.config.tts_bos_token_id  # before the first has been said
-        told = [(a, h) for a, h in zip(batch.answers, heard, strict=True) if a.places is not None]
-        if not told:
-            return heard[0].sum() * 0, heard[0].new_zeros(())
-        words = torch.tensor(sorted({begun, *chain.from_iterable(a.text for a, _ in told)}))
-        said = torch.cat([torch.tensor([begun, *a.text])[a.places] for a, _ in told])
-        table = self.boxes.speaking().talker.text_projection(self.boxes.thinker.embed(words.to(self.device)))
-        scores = likeness(self.reads(torch.cat([h for _, h in told])), table - table.mean(0)).float()
-        wanted = torch.searchsorted(words, said).to(self.device)
+    def following(self, batch: SpeechBatch, halfway: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of the token said last, of all tokens of the batch, over states [N, W]; and the share found."""
+        told = (batch.said != IGNORED).to(self.device)
+        if not told.any():
+            return halfway.sum() * 0, halfway.new_zeros(())
+        words, wanted = self.boxes.thinker.embed(batch.words.to(self.device)), batch.said.to(self.device)[told]
+        with self.plan.autocast(self.device):
+            table = self.boxes.speaking().talker.text_projection(words)
+            scores = likeness(self.reads(halfway[told]), table - table.mean(0)).float()
         found = (scores.argmax(-1) == wanted).float().mean()
         return F.cross_entropy(scores, wanted), found
 
@@ -311,7 +375,7 @@ class SpeechStage:
         rate, decode = self.codec.config.sampling_rate, self.boxes.speaking().code2wav
         for number, (example, place) in enumerate(self._heard(SAMPLES)):
             recorded = torch.from_numpy(sound_of((example, place), self.speaker.config.sample_rate).copy())[None]
-            voice = self.speaker(self.voice_mel(recorded, final=True).to(self.device))[0]
+            voice = self.speaker(self.voice_mel(recorded.to(self.device), final=True))[0]
             codes = self.codes[key_of((example, place))]
             text = example.cut.supervisions[place].text
             reply = collect(self.boxes.speak(text, voice=voice, seed=number, max_frames=2 * len(codes)))
@@ -346,8 +410,8 @@ def voice_of(spoken: Spoken) -> str:
 
 def draw(scores: Tensor, generator: torch.Generator) -> Tensor:
     """Codes [..] drawn from scores [.., V]."""
-    chances = scores.float().softmax(-1).cpu()
-    return torch.multinomial(chances.flatten(0, -2), 1, generator=generator).view(scores.shape[:-1]).to(scores.device)
+    chances = scores.float().softmax(-1)
+    return torch.multinomial(chances.flatten(0, -2), 1, generator=generator).view(scores.shape[:-1])
 
 
 def begin_speech(speech: nn.Module) -> None:

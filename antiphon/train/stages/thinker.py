@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from antiphon.audio import LogMel
+from antiphon.audio import Samples
 from antiphon.aut import AuT
 from antiphon.config import OmniConfig
 from antiphon.error_rates import normalize_text
@@ -26,7 +26,7 @@ from antiphon.errors import ConfigError
 from antiphon.thinker import Thinker
 from antiphon.tokenizer import Tokenizer
 from antiphon.train.copying import begin_copying
-from antiphon.train.data import Example, batches, pad, read_cuts
+from antiphon.train.data import Example, Kept, Mel, batches, listened, measured, numbers, pad, read_cuts
 from antiphon.train.loop import Figures, Loss
 from antiphon.train.losses import ctc_and_ways, likeness
 from antiphon.train.recipe import Source, read_fields
@@ -83,8 +83,8 @@ class ThinkerStage:
         self.modules = setting.prepare(nn.ModuleDict({"thinker": self.thinker, "aut": self.aut}))
         if not self.aut.proj2.bias.any():  # never attached: its rows begin with what all embeddings have in common
             self.aut.proj2.bias.data.copy_(self.thinker.model.embed_tokens.weight.mean(0))
-        self.log_mel = LogMel(config.audio.mel)
         self.mix = setting.mix()
+        self.kept = Kept(self.read, self.mix.examples, recipe.data.readers)
 
     def players(self) -> dict[str, list[str]]:
         """One player."""
@@ -96,15 +96,15 @@ class ThinkerStage:
             np.random.Philox(np.random.SeedSequence([self.setting.recipe.seed, step, 1 << 20]))
         )
         window = self.options.windows[int(random.random() * len(self.options.windows))]
-        return self.collate([self.read(e) for e in self.mix.draw(step)], window)
+        return self.collate([self.kept(e) for e in self.mix.draw(step)], window)
 
     def read(self, example: Example) -> Talk:
         """A conversation as ids and clips."""
-        return read_talk(example, self.tokenizer, self.config)
+        return read_talk(example, self.tokenizer, self.config, numbers(self.setting.recipe.data))
 
     def collate(self, talks: Sequence[Talk], window: int) -> TalkBatch:
         """Conversations as tensors."""
-        return collate_talks(talks, self.config, self.log_mel, window)
+        return collate_talks(talks, window)
 
     def embed(self, batch: TalkBatch) -> Tensor:
         """The Thinker's input [B, T, U]."""
@@ -204,31 +204,35 @@ class ThinkerStage:
         board.add_text("said", text.replace("\n", "\n\n"))
 
 
-def read_talk(example: Example, tokenizer: Tokenizer, config: OmniConfig) -> Talk:
+def read_talk(example: Example, tokenizer: Tokenizer, config: OmniConfig, dtype: type = np.float32) -> Talk:
     """A conversation as ids and clips."""
-    audio = config.audio
-    return lay_out(example, tokenizer, lambda n: audio.tokens(n // audio.mel.hop), audio.mel.sample_rate)
+    mel = config.audio.mel
+
+    def hear(clip: Samples) -> Mel:
+        return measured(clip, mel).astype(dtype, copy=False)
+
+    return lay_out(example, tokenizer, hear, config.audio.tokens, mel.sample_rate)
 
 
-def collate_talks(talks: Sequence[Talk], config: OmniConfig, log_mel: LogMel, window: int) -> TalkBatch:
+def collate_talks(talks: Sequence[Talk], window: int) -> TalkBatch:
     """Conversations as tensors."""
     ids, _ = pad([torch.tensor(t.ids) for t in talks])
     said, _ = pad([torch.tensor(t.said) for t in talks])
     wanted = torch.where(said, ids, IGNORED).roll(-1, 1)
     wanted[:, -1] = IGNORED
     audio, _ = pad([torch.tensor(t.sound) for t in talks])
-    clips = [torch.from_numpy(clip)[None] for t in talks for clip in t.clips]
+    clips = [clip for t in talks for clip in t.clips]
     if not clips:
         nothing = torch.zeros(0)
         return TalkBatch(ids, wanted, audio, None, nothing, nothing, nothing, window)
-    mel, frames = pad([log_mel(clip, final=True)[0] for clip in clips])
+    mel, frames = listened(clips)
     text, lengths = pad([torch.tensor(line, dtype=torch.long) for t in talks for line in t.texts])
     return TalkBatch(ids, wanted, audio, mel, frames, text, lengths, window)
 
 
 def hear_talks(aut: AuT, batch: TalkBatch, device: torch.device) -> Tensor | None:
     """AuT's rows [n, S, U] of all clips, padded; None where there are none."""
-    return None if batch.mel is None else aut(batch.mel.to(device), window=batch.window, frames=batch.frames)
+    return None if batch.mel is None else aut(batch.mel.to(device).float(), window=batch.window, frames=batch.frames)
 
 
 def rows_of(aut: AuT, batch: TalkBatch) -> Tensor:
@@ -258,7 +262,7 @@ def spelling_losses(thinker: Thinker, aut: AuT, heard: Tensor, batch: TalkBatch,
     if not spoken.any():
         return heard.sum() * 0, heard.sum() * 0
     table, rows = thinker.model.embed_tokens.weight, rows_of(aut, batch)[spoken]
-    own = heard[spoken.to(heard.device)]
+    own = heard[spoken.to(heard.device)].float()
     text, lengths = batch.text[spoken], batch.lengths[spoken]
     spelling, ways = ctc_and_ways(SHARP * likeness(own, table), text, rows, lengths, blank)
     with torch.no_grad():
