@@ -14,12 +14,13 @@ import math
 import os
 import secrets
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, wraps
 from numbers import Integral
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Self, TypeVar, cast
 
 import numpy as np
 import soundfile
@@ -33,6 +34,7 @@ from antiphon.errors import AudioError
 from antiphon.streaming import State, by_row, in_step, roll
 
 Samples = NDArray[np.float32]  # [N]
+Method = TypeVar("Method", bound=Callable[..., Tensor])
 Source = str | os.PathLike[str] | bytes | BinaryIO  # of a sound file; `-` is standard input
 
 MAX_SECONDS = 2400.0  # 40 minutes, what the paper gives a request
@@ -209,6 +211,17 @@ class LogMelState(TailState):
     """The end of what a LogMel has heard."""
 
 
+def exact(compute: Method) -> Method:
+    """A method on a tensor that keeps its type also where training computes products in bfloat16."""
+
+    @wraps(compute)
+    def run(self: nn.Module, x: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return compute(self, x, *arguments, **named)
+
+    return cast(Method, run)
+
+
 def _after_tail(x: Tensor, state: TailState | None, size: int) -> tuple[Tensor, int, int]:
     """The last `size` samples heard and then x, and the number heard before x and after it; moves the state on."""
     if state is None:
@@ -289,6 +302,7 @@ class Resampler(nn.Module):
         """Before the first sample of `rows` streams."""
         return ResamplerState.empty(rows, len(self.taps) - 1, device, dtype)
 
+    @exact
     def forward(self, x: Tensor, state: ResamplerState | None = None, final: bool = False) -> Tensor:
         """x [R, N] -> [R, M]; M may be 0 while samples are awaited, and `final` gives the rest."""
         up, down, width = self.filter.up, self.filter.down, len(self.taps)
@@ -358,6 +372,7 @@ class LogMel(nn.Module):
         """Before the first sample of `rows` streams."""
         return LogMelState.empty(rows, self.config.n_fft, device, dtype)
 
+    @exact
     def forward(self, x: Tensor, state: LogMelState | None = None, final: bool = False) -> Tensor:
         """Samples x [R, N] at the config's rate -> raw log-mel [R, T, F]; T may be 0 while samples are awaited.
 

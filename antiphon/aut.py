@@ -153,7 +153,9 @@ class AuT(nn.Module):
         alone = torch.zeros_like(valid, dtype=torch.bool)
         alone[:, 0] = (valid[:, 0] < self.config.chunk_frames) & (in_step(state.windows) == 0)
         if frames is not None:  # what lies beyond a clip is not heard, so it is not the loudest either
-            x = x.masked_fill((torch.arange(size) >= valid[..., None])[..., None].to(x.device), LOG_FLOOR)
+            x = x.masked_fill(
+                (torch.arange(size) >= valid[..., None])[..., None].to(x.device, non_blocking=True), LOG_FLOOR
+            )
         x = normalize(x, self._peaks(x, state) if peak is None else peak[:, None, None, None])
         state.windows += count
 
@@ -176,15 +178,18 @@ class AuT(nn.Module):
         used = sound.nonzero().flatten()
         tokens = self.conv_out.weight.new_zeros(chunks.shape[0], c.chunk_tokens, c.d_model)
         for part in used.split(CONVOLVED_AT_ONCE):
-            silence = torch.arange(c.chunk_frames) >= sound[part, None]
-            piece = chunks[part].masked_fill(silence[..., None].to(x.device), 0)
-            tokens[part] = self._convolve(piece.to(tokens.dtype), edge[part]).to(tokens.dtype)
+            silence = (torch.arange(c.chunk_frames) >= sound[part, None])[..., None].to(x.device, non_blocking=True)
+            place = part.to(x.device, non_blocking=True)
+            piece = chunks[place].masked_fill(silence, 0)
+            tokens[place] = self._convolve(piece.to(tokens.dtype), edge[part]).to(tokens.dtype)
         lengths = torch.tensor([c.tokens(int(v)) for v in valid])
         longest = int(lengths.max())
         y = tokens.unflatten(0, (-1, per_window)).flatten(1, 2)[:, :longest]
         mask = None
         if int(lengths.min()) < longest:  # an empty window may look at its first token, so that no row is all masked
-            mask = (torch.arange(longest) < lengths.clamp(min=1)[:, None])[:, None, None].to(x.device)
+            mask = (torch.arange(longest) < lengths.clamp(min=1)[:, None])[:, None, None].to(
+                x.device, non_blocking=True
+            )
         for layer in self.layers:
             y = layer(y, mask)
         return self.ln_post(y)
@@ -192,7 +197,7 @@ class AuT(nn.Module):
     def _convolve(self, x: Tensor, edge: Tensor) -> Tensor:
         """Chunks [n, frames, F] -> tokens [n, chunk tokens, W]; nothing is heard past `edge` [n] frames."""
         inside = int(edge.min()) < x.shape[1]  # of some chunk: usually there is nothing to cut off
-        x, edge = x.transpose(1, 2)[:, None], edge.to(x.device)
+        x, edge = x.transpose(1, 2)[:, None], edge.to(x.device, non_blocking=True)
         for i in range(self.config.conv_layers):
             x = F.gelu(self.get_submodule(f"conv2d{i + 1}")(x))
             edge = (edge + 1) // 2

@@ -8,6 +8,7 @@ killed goes on from its last state to the same weights, bit for bit, on the same
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import json
 import math
@@ -178,8 +179,11 @@ class Run:
             figures[f"{player}/norm"] = norm
         for p in self.weights.values():
             p.requires_grad_(True)
-        for n, average in self.average.items():
-            average.lerp_(self.weights[n].detach(), 1 - min(plan.average, (1 + self.step) / (10 + self.step)))
+        if self.average:
+            fresh = [self.weights[n].detach() for n in self.average]
+            torch._foreach_lerp_(
+                list(self.average.values()), fresh, 1 - min(plan.average, (1 + self.step) / (10 + self.step))
+            )
         self.step += 1
         return figures
 
@@ -277,6 +281,8 @@ def train(stage: Stage, recipe: Recipe, folder: Path, *, quiet: bool = False) ->
     run.restore()
     _forget_after(run.step, folder / LOG)
     board = SummaryWriter(str(folder / "board"), purge_step=run.step + 1)
+    gc.collect()
+    gc.freeze()  # a corpus is millions of objects: looking through them for garbage took longer than the steps
     with Progress(*COLUMNS, TextColumn("{task.fields[figures]}"), disable=quiet) as progress:
         bar = progress.add_task(recipe.name, total=plan.steps, completed=run.step, figures="")
         run.learn()
@@ -300,6 +306,7 @@ def train(stage: Stage, recipe: Recipe, folder: Path, *, quiet: bool = False) ->
             if run.step % plan.save_every == 0 or last:
                 run.save()
             progress.update(bar, completed=run.step, figures=_brief(shown))
+    gc.unfreeze()
     board.close()
     return run
 

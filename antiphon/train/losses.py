@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from antiphon.audio import mel_filters
+from antiphon.audio import exact, mel_filters
 from antiphon.config import MelConfig
 
 FLOOR = 1e-5  # added to magnitudes before the logarithm
@@ -55,6 +55,7 @@ class Spectrum(nn.Module):
         x = torch.stft(wave, self.size, self.hop, window=self.window, return_complex=True, pad_mode="constant")
         return (torch.view_as_real(x).square().sum(-1) + ROUND).sqrt()
 
+    @exact
     def log_mel(self, magnitude: Tensor) -> Tensor:
         """Natural logarithm [R, F, T] of the mean magnitude in each mel bin."""
         return (self.filters @ magnitude + FLOOR).log()
@@ -115,4 +116,6 @@ def ctc_and_ways(scores: Tensor, text: Tensor, heard: Tensor, lengths: Tensor, b
 
 
 def _ctc(log: Tensor, text: Tensor, heard: Tensor, lengths: Tensor, blank: int) -> Tensor:
-    return F.ctc_loss(log, text.to(log.device), heard.cpu(), lengths, blank, "none", zero_infinity=True)
+    return F.ctc_loss(
+        log, text.to(log.device, non_blocking=True), heard.cpu(), lengths, blank, "none", zero_infinity=True
+    )

@@ -114,9 +114,11 @@ class AuTStage:
         """Cross-entropy of the decoder and CTC of the encoder, over the same tokens."""
         with self.plan.autocast(self.device):
             states, heard = self.encode(batch.mel, batch.frames, batch.window)
-            logits = self.decoder(batch.fed.to(self.device), self.decoder.memory(states), heard=heard)
+            logits = self.decoder(
+                batch.fed.to(self.device, non_blocking=True), self.decoder.memory(states), heard=heard
+            )
             scores = self.ctc(states)
-        wanted = batch.wanted.to(self.device)
+        wanted = batch.wanted.to(self.device, non_blocking=True)
         attention = F.cross_entropy(
             logits.float().flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, label_smoothing=self.options.smoothing
         )
@@ -130,9 +132,9 @@ class AuTStage:
 
     def encode(self, mel: Tensor, frames: Tensor, window: int) -> tuple[Tensor, Tensor]:
         """Encoder states [B, S, W] of padded clips, and which of them are sound [B, S]."""
-        states = self.aut.encode(mel.to(self.device).float(), window=window, frames=frames)
+        states = self.aut.encode(mel.to(self.device, non_blocking=True).float(), window=window, frames=frames)
         tokens = torch.tensor([self.config.tokens(int(n)) for n in frames])
-        return states, (torch.arange(states.shape[1]) < tokens[:, None]).to(self.device)
+        return states, (torch.arange(states.shape[1]) < tokens[:, None]).to(self.device, non_blocking=True)
 
     def _ctc(self, scores: Tensor, heard: Tensor, batch: AuTBatch) -> tuple[Tensor, Tensor]:
         """CTC loss per text token, and the share of clips too short for their text."""

@@ -245,7 +245,7 @@ class SpeechStage:
 
     def voices(self, batch: SpeechBatch) -> Tensor:
         """What the speaker encoder makes of the references [B, W]."""
-        return self.speaker(self.voice_mel(batch.references.to(self.device), final=True))
+        return self.speaker(self.voice_mel(batch.references.to(self.device, non_blocking=True), final=True))
 
     def prompts(self, batch: SpeechBatch) -> Tensor:
         """The Talker's input [P, W] but for the codes: the prompts, and a position per frame."""
@@ -254,9 +254,9 @@ class SpeechStage:
             with torch.no_grad():
                 rows = hear_talks(self.boxes.aut, batch.talks, self.device)
                 x = embed_talks(self.boxes.thinker, self.boxes.aut, batch.talks, rows, self.device)
-                states = self.boxes.thinker(x)[1][batch.user.to(self.device)]
+                states = self.boxes.thinker(x)[1][batch.user.to(self.device, non_blocking=True)]
                 accept = states.new_zeros(len(batch.rows.text), states.shape[1])
-                accept = accept.index_copy(0, batch.heard.to(self.device), states)
+                accept = accept.index_copy(0, batch.heard.to(self.device, non_blocking=True), states)
         return self.boxes.embed_rows(batch.rows, accept, voices)[0]
 
     def hidden(self, batch: SpeechBatch, prompts: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,22 +268,28 @@ class SpeechStage:
         row, column = (torch.arange(longest) < batch.lengths[:, None]).nonzero().unbind(1)
         fed = column >= (batch.lengths - batch.counts)[row]  # frames are fed here,
         scored = column >= (batch.lengths - batch.counts)[row] - 1  # and these say what comes next
-        place = (row * longest + column).to(self.device)
-        x = prompts.index_add(0, fed.nonzero()[:, 0].to(self.device), frames.to(prompts.dtype))
+        place = (row * longest + column).to(self.device, non_blocking=True)
+        x = prompts.index_add(0, fed.nonzero()[:, 0].to(self.device, non_blocking=True), frames.to(prompts.dtype))
         padded = x.new_zeros(rows * longest, x.shape[1]).index_copy(0, place, x).unflatten(0, (rows, longest))
         talker = self.boxes.speaking().talker.model
         top, halfway = talker(padded, tap=len(talker.layers) // 2)
-        return top.flatten(0, 1)[place[scored.to(self.device)]], halfway.flatten(0, 1)[place[fed.to(self.device)]]
+        return top.flatten(0, 1)[place[scored.to(self.device, non_blocking=True)]], halfway.flatten(0, 1)[
+            place[fed.to(self.device, non_blocking=True)]
+        ]
 
     def scores(self, batch: SpeechBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Talker's states [N + B, W] before every frame and every end, and halfway up those [N, W] at the frames.
 
         Between them the codes [N + B, Q] that follow, -1 for ends.
         """
-        prompts, codes = self.prompts(batch), batch.codes.to(self.device)
+        prompts, codes = self.prompts(batch), batch.codes.to(self.device, non_blocking=True)
         embed, generator = self.boxes.speaking().frame_embedding, self._generator(batch)
         ends = (batch.counts + 1).cumsum(0) - 1
-        real = torch.ones(int(ends[-1]) + 1, dtype=torch.bool).index_fill(0, ends, False).to(self.device)
+        real = (
+            torch.ones(int(ends[-1]) + 1, dtype=torch.bool)
+            .index_fill(0, ends, False)
+            .to(self.device, non_blocking=True)
+        )
         frames = embed(codes)
         if self.speaker.training:
             if self.options.drawn:
@@ -345,10 +351,13 @@ class SpeechStage:
 
     def following(self, batch: SpeechBatch, halfway: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the token said last, of all tokens of the batch, over states [N, W]; and the share found."""
-        told = (batch.said != IGNORED).to(self.device)
+        told = (batch.said != IGNORED).to(self.device, non_blocking=True)
         if not told.any():
             return halfway.sum() * 0, halfway.new_zeros(())
-        words, wanted = self.boxes.thinker.embed(batch.words.to(self.device)), batch.said.to(self.device)[told]
+        words, wanted = (
+            self.boxes.thinker.embed(batch.words.to(self.device, non_blocking=True)),
+            batch.said.to(self.device, non_blocking=True)[told],
+        )
         with self.plan.autocast(self.device):
             table = self.boxes.speaking().talker.text_projection(words)
             scores = likeness(self.reads(halfway[told]), table - table.mean(0)).float()

@@ -127,8 +127,8 @@ class ThinkerStage:
 
     def answering(self, batch: TalkBatch, heard: Tensor | None, step: int) -> tuple[Tensor, Tensor]:
         """Cross-entropy over what the assistant says, and the share of its tokens that are the likeliest."""
-        learnt = (batch.wanted != IGNORED).to(self.device)
-        wanted = batch.wanted.to(self.device)[learnt]
+        learnt = (batch.wanted != IGNORED).to(self.device, non_blocking=True)
+        wanted = batch.wanted.to(self.device, non_blocking=True)[learnt]
         with self.plan.autocast(self.device):
             x = embed_talks(self.thinker, self.aut, batch, heard, self.device)
             if self.options.blur and self.thinker.training:
@@ -155,7 +155,7 @@ class ThinkerStage:
         noise = torch.randn(len(ids), table.shape[1], generator=generator).to(table)
         deviation, poor = (table - table.mean(0)).square().mean().sqrt(), poor[:, None].to(table)
         heard = table[ids.to(table.device)].lerp(table[blank], SHORT * poor) + poor.sqrt() * deviation * noise
-        return x.masked_scatter(tokens[..., None].to(x.device), heard.to(x.dtype))
+        return x.masked_scatter(tokens[..., None].to(x.device, non_blocking=True), heard.to(x.dtype))
 
     def validate(self) -> Figures:
         """Share of wrong answers over all manifests, then by manifest; answers are compared as normalized text."""
@@ -232,7 +232,11 @@ def collate_talks(talks: Sequence[Talk], window: int) -> TalkBatch:
 
 def hear_talks(aut: AuT, batch: TalkBatch, device: torch.device) -> Tensor | None:
     """AuT's rows [n, S, U] of all clips, padded; None where there are none."""
-    return None if batch.mel is None else aut(batch.mel.to(device).float(), window=batch.window, frames=batch.frames)
+    return (
+        None
+        if batch.mel is None
+        else aut(batch.mel.to(device, non_blocking=True).float(), window=batch.window, frames=batch.frames)
+    )
 
 
 def rows_of(aut: AuT, batch: TalkBatch) -> Tensor:
@@ -242,11 +246,11 @@ def rows_of(aut: AuT, batch: TalkBatch) -> Tensor:
 
 def embed_talks(thinker: Thinker, aut: AuT, batch: TalkBatch, heard: Tensor | None, device: torch.device) -> Tensor:
     """The Thinker's input [B, T, U]: token embeddings, and what was `heard` where there is sound."""
-    x = thinker.embed(batch.ids.to(device))
+    x = thinker.embed(batch.ids.to(device, non_blocking=True))
     if heard is None:
         return x
-    rows = heard[(torch.arange(heard.shape[1]) < rows_of(aut, batch)[:, None]).to(device)]
-    return x.masked_scatter(batch.audio.to(device)[..., None], rows.to(x.dtype))
+    rows = heard[(torch.arange(heard.shape[1]) < rows_of(aut, batch)[:, None]).to(device, non_blocking=True)]
+    return x.masked_scatter(batch.audio.to(device, non_blocking=True)[..., None], rows.to(x.dtype))
 
 
 def spelling_losses(thinker: Thinker, aut: AuT, heard: Tensor, batch: TalkBatch, blank: int) -> tuple[Tensor, Tensor]:
