@@ -41,7 +41,7 @@ def begin_copying(thinker: Thinker, blank: int) -> bool:
     looks, *finds = attentions(thinker.model)
     if not finds or width < 3 * size:
         return False
-    basis = torch.linalg.qr(torch.randn(width, 2 * size + 2))[0].T  # orthonormal rows [2 D + 2, W]
+    basis = torch.linalg.qr(torch.randn(width, 2 * size + 2))[0].T.to(table.device)  # orthonormal rows [2 D + 2, W]
     seen, rest = basis[:size], basis[size:]
     written, constant, silent = rest[:size], rest[size], rest[size + 1]
     length = table.norm(dim=1).mean()
@@ -50,7 +50,7 @@ def begin_copying(thinker: Thinker, blank: int) -> bool:
     if not config.tie_word_embeddings:  # a token's score is the likeness to its embedding: what is found can be said
         thinker.lm_head.weight.copy_(table * width**-0.5)
     table += length * constant  # along it tokens differ by their places only
-    near = near_places(config)
+    near = near_places(config).to(constant)
     aside = torch.cat([1 - near, 1 - near])  # where a key is seen by none of those who look
     _look_back(looks, config, constant, seen, written)
     _lay(finds[0], 0, seen, written + torch.outer(aside, silent), seen, seen)
@@ -71,7 +71,7 @@ def begin_following(talker: Talker, mtp: MTP, table: Tensor) -> tuple[Tensor, Te
     looks, *finds = attentions(talker.model)
     if len(finds) < 2 or width <= 3 * size:
         return None
-    basis = torch.linalg.qr(torch.randn(width, 3 * size + 1))[0].T
+    basis = torch.linalg.qr(torch.randn(width, 3 * size + 1))[0].T.to(table.device)
     seen, written, said, constant = basis[:size], basis[size : 2 * size], basis[2 * size : -1], basis[-1]
     text, heard = talker.text_projection, talker.hidden_projection
     for projection in (text, heard):
@@ -115,7 +115,7 @@ def turned(weights: Tensor, angles: Tensor) -> Tensor:
 
 def _look_back(attention: Attention, config: DecoderConfig, constant: Tensor, seen: Tensor, written: Tensor) -> None:
     """The first head looks one place back, the next two, …; what is `seen` there is `written` here."""
-    near, frequency = near_places(config), frequencies(config)
+    near, frequency = near_places(config).to(constant), frequencies(config).to(constant)
     key = torch.outer(turned(near, 0 * frequency), constant)
     for head in range(attention.heads):
         back = turned(near, -(head + 1) * frequency)
