@@ -11,10 +11,10 @@ import gzip
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from antiphon.errors import ConfigError
 from antiphon.train import dialog, espeak, music, noises
 from antiphon.train.augment import Augment, augment
 from antiphon.train.data import PACE, resample
-from antiphon.train.dialog import DIALOG_LANGUAGES, dialog_vocabulary
+from antiphon.train.dialog import DIALOG_LANGUAGES, dialog_at, dialog_vocabulary, find_dialogs
 from antiphon.train.dialog import KINDS as KINDS_OF_DIALOG
 from antiphon.train.recipe import read_fields, read_yaml_table
 from antiphon.train.world import (
@@ -34,9 +34,10 @@ from antiphon.train.world import (
     SHARE,
     Sentence,
     check_split,
+    find_sentences,
     number_words,
     say,
-    sentences,
+    sentence_at,
     share_of,
     vocabulary,
 )
@@ -124,8 +125,16 @@ def make_corpus(sets: dict[str, Set], out: Path, jobs: int, progress: Callable[[
     if not sets:
         return {}
     out.mkdir(parents=True, exist_ok=True)
+    world = out / "world.json"
+    words = json.loads(world.read_text(encoding="utf-8"))["words"] if world.exists() else {}
+    words |= {code: vocabulary(code) for code in {c for s in sets.values() for c in s.languages}}
+    _whole(world, json.dumps({"words": words}, ensure_ascii=False, indent=0, sort_keys=True).encode())
     left = {name: shards_of(s) for name, s in sets.items()}
-    with ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:  # a core each
+    lacking = [s for name, s in sets.items() if not all(is_made(out, name, s, i) for i in range(left[name]))]
+    texts = sorted({text for s in lacking for text in texts_of(s)} - FOUND.keys(), key=lambda text: -text[-2])
+    with ProcessPoolExecutor(jobs) as pool:  # once, not in every process that says some of them
+        FOUND.update(zip(texts, pool.map(find, texts), strict=True))
+    with ProcessPoolExecutor(jobs, initializer=_begin, initargs=(FOUND,)) as pool:
         made = {pool.submit(make_shard, out, n, s, i): n for n, s in sets.items() for i in range(left[n])}
         for done, future in enumerate(as_completed(made), 1):
             future.result()
@@ -134,10 +143,6 @@ def make_corpus(sets: dict[str, Set], out: Path, jobs: int, progress: Callable[[
             if not left[name]:
                 _join(out, name, shards_of(sets[name]))
             progress(done, len(made))
-    world = out / "world.json"
-    words = json.loads(world.read_text(encoding="utf-8"))["words"] if world.exists() else {}
-    words |= {code: vocabulary(code) for code in {c for s in sets.values() for c in s.languages}}
-    _whole(world, json.dumps({"words": words}, ensure_ascii=False, indent=0, sort_keys=True).encode())
     return {name: out / f"{name}.jsonl.gz" for name in sets}
 
 
@@ -162,14 +167,20 @@ def made_from(folder: Path) -> Set:
         return read_fields(Set, json.loads(lines.readline()), str(folder))
 
 
+def is_made(out: Path, name: str, s: Set, shard: int) -> bool:
+    """Whether a wav file and the lines of its cuts are there from the same recipe."""
+    lines = out / name / f"{shard:04d}.jsonl"
+    return lines.exists() and lines.open(encoding="utf-8").readline().strip() == recipe_of(s)
+
+
 def make_shard(out: Path, name: str, s: Set, shard: int) -> None:
     """Write one wav file and the lines of its cuts, unless both are there from the same recipe."""
+    if is_made(out, name, s, shard):
+        return
     folder = out / name
     folder.mkdir(exist_ok=True)
     lines = folder / f"{shard:04d}.jsonl"
     mark = recipe_of(s)
-    if lines.exists() and lines.open(encoding="utf-8").readline().strip() == mark:
-        return
     clips = [make_clip(name, s, i) for i in range(shard * SHARD, min((shard + 1) * SHARD, size_of(s)))]
     if s.silent:
         cuts = [_cut(f"{name}-{shard * SHARD + i:06d}", clip, 0.0, clip.seconds) for i, clip in enumerate(clips)]
@@ -233,6 +244,55 @@ def _whole(path: Path, data: bytes) -> None:
     os.replace(part, path)
 
 
+# ------------------------------------------------------------------------------------------------- texts
+
+Texts = tuple[Any, ...]  # the function that finds them, and its arguments
+FOUND: dict[Texts, list[int]] = {}  # by which draws
+
+
+def texts_of(s: Set) -> Iterator[Texts]:
+    """All that a set says."""
+    if s.kind in ("speech", "over"):
+        yield from (sentences_of(s, language) for language in s.languages)
+    elif s.kind == "dialog":
+        languages = s.languages or DIALOG_LANGUAGES
+        yield from (dialogs_of(s, language, kind) for language in languages for kind in kinds_of(s))
+
+
+def sentences_of(s: Set, language: str) -> Texts:
+    """The sentences of a set in a language."""
+    return find_sentences, language, check_split(s.split), s.count, s.seed
+
+
+def dialogs_of(s: Set, language: str, kind: str) -> Texts:
+    """The dialogs of a set in a language, of a kind."""
+    return find_dialogs, language, kind, check_split(s.split), -(-s.count // len(kinds_of(s))), s.seed
+
+
+def kinds_of(s: Set) -> tuple[str, ...]:
+    """The kinds of dialogs in a set."""
+    return s.dialogs or tuple(KINDS_OF_DIALOG)
+
+
+def find(texts: Texts) -> list[int]:
+    """The draws of texts, one after another: this has to be done for all at once."""
+    function, *arguments = texts
+    return function(*arguments)
+
+
+def found(texts: Texts) -> list[int]:
+    """The same, unless they are known."""
+    if texts not in FOUND:
+        FOUND[texts] = find(texts)
+    return FOUND[texts]
+
+
+def _begin(texts: dict[Texts, list[int]]) -> None:
+    """In every process, which has one core."""
+    FOUND.update(texts)
+    torch.set_num_threads(1)
+
+
 # ------------------------------------------------------------------------------------------------- clips
 
 
@@ -255,7 +315,8 @@ def augmented(clip: Clip, s: Set, rng: np.random.Generator) -> Clip:
 def speech(s: Set, index: int, rng: np.random.Generator) -> Clip:
     """A sentence of the world in a voice of the set."""
     language = s.languages[index % len(s.languages)]
-    sentence = _said(language, s.split, s.count, s.seed)[index // len(s.languages)]
+    at = found(sentences_of(s, language))[index // len(s.languages)]
+    sentence = sentence_at(language, check_split(s.split), s.seed, at)
     if s.voices == PRESETS:
         name = preset(rng)
         return spoken(sentence, espeak.PRESETS[name], name)
@@ -280,7 +341,7 @@ def spoken(sentence: Sentence, voice: espeak.Voice | str, speaker: str | None = 
     """A sentence in a voice."""
     custom = {"template": sentence.template, "split": sentence.split}
     if voice == SILENT:
-        samples, name = np.zeros(round(PACE * len(sentence.spoken) * espeak.RATE), np.float32), SILENT
+        samples, name = unsaid(sentence.spoken), SILENT
     elif isinstance(voice, str):
         samples, name = espeak.flite_say(sentence.spoken, voice), f"flite-{voice}"
     else:
@@ -289,9 +350,21 @@ def spoken(sentence: Sentence, voice: espeak.Voice | str, speaker: str | None = 
     return Clip(samples, sentence.text, sentence.language, speaker or name, custom)
 
 
-@lru_cache(maxsize=64)
-def _said(language: str, split: str, count: int, seed: int) -> list[Sentence]:
-    return sentences(language, check_split(split), count, seed)
+def silence(samples: int) -> Samples:
+    """What takes time and no room: [N] zeros."""
+    return np.broadcast_to(np.float32(0), samples)
+
+
+def unsaid(text: str) -> Samples:
+    """Silence for as long as it would take to say a text."""
+    return silence(round(PACE * len(text) * espeak.RATE))
+
+
+def in_turn(s: Set, parts: Sequence[Clip], custom: dict[str, Any]) -> Clip:
+    """Parts of a dialog, one after another."""
+    sounds = [part.samples for part in parts]
+    samples = silence(sum(map(len, sounds))) if s.silent else np.concatenate(sounds)
+    return Clip(samples, "", custom["language"], None, custom, tuple(parts))
 
 
 def over(s: Set, index: int, rng: np.random.Generator) -> Clip:
@@ -318,8 +391,7 @@ def digits(s: Set, index: int, rng: np.random.Generator) -> Clip:
         {"role": "user", "content": [{"type": "audio", "supervision": 0}]},
         {"role": "assistant", "content": said.text, "supervision": 1, "voice": name},
     ]
-    samples = np.concatenate([part.samples for part in parts])
-    return Clip(samples, "", language, None, {"messages": messages, "language": language}, parts)
+    return in_turn(s, parts, {"messages": messages, "language": language})
 
 
 def words(s: Set, index: int, rng: np.random.Generator) -> Clip:
@@ -332,16 +404,12 @@ def words(s: Set, index: int, rng: np.random.Generator) -> Clip:
     drawn = [pools[int(rng.integers(len(pools)))] for _ in range(int(rng.integers(*LISTED)))]
     listed = " ".join(pool[int(rng.integers(len(pool)))] for pool in drawn)
     asked = f"{dialog.load_phrases(language).questions['repeat.1']} {listed}"
-    parts = tuple(
-        Clip(np.zeros(round(PACE * len(text) * espeak.RATE), np.float32), text, language, SILENT)
-        for text in (asked, listed)
-    )
+    parts = tuple(Clip(unsaid(text), text, language, SILENT) for text in (asked, listed))
     messages = [
         {"role": "user", "content": [{"type": "audio", "supervision": 0}]},
         {"role": "assistant", "content": listed},
     ]
-    samples = np.concatenate([part.samples for part in parts])
-    return Clip(samples, "", language, None, {"messages": messages, "language": language, "kind": "words"}, parts)
+    return in_turn(s, parts, {"messages": messages, "language": language, "kind": "words"})
 
 
 @cache
@@ -368,11 +436,11 @@ def conversation(s: Set, index: int, rng: np.random.Generator) -> Clip:
     A message's audio part names the supervision that holds it, and so does the assistant's message that is spoken.
     """
     languages = s.languages or DIALOG_LANGUAGES
-    kinds = s.dialogs or tuple(KINDS_OF_DIALOG)
+    kinds = kinds_of(s)
     language, rest = languages[index % len(languages)], index // len(languages)
     kind = kinds[rest % len(kinds)]
-    count = -(-s.count // len(kinds))
-    talk = _talked(language, kind, s.split, count, s.seed)[rest // len(kinds)]
+    at = found(dialogs_of(s, language, kind))[rest // len(kinds)]
+    talk = dialog_at(language, kind, check_split(s.split), s.seed, at)
     user, name = draw_voice(s, rng), preset(rng)
     messages: list[dict[str, Any]] = [{"role": "system", "content": talk.system}] if talk.system else []
     parts: list[Clip] = []
@@ -390,8 +458,7 @@ def conversation(s: Set, index: int, rng: np.random.Generator) -> Clip:
             parts.append(spoken(turn.reply, SILENT if s.silent else espeak.PRESETS[name], name))
         messages.append(reply)
     custom = {"messages": messages, "kind": talk.kind, "template": talk.template, "split": talk.split}
-    samples = np.concatenate([part.samples for part in parts])
-    return Clip(samples, "", language, None, {**custom, "language": language}, tuple(parts))
+    return in_turn(s, parts, {**custom, "language": language})
 
 
 def played(clip: dialog.Clip, s: Set, rng: np.random.Generator) -> Clip:
@@ -406,11 +473,6 @@ def played(clip: dialog.Clip, s: Set, rng: np.random.Generator) -> Clip:
     kind = str(clip.labels["sound"])
     samples = noises.render(kind, float(rng.uniform(1.5, 3.0)), rng, timbres(s))
     return Clip(samples, describe_sound(kind), custom={"sound": kind})
-
-
-@lru_cache(maxsize=256)
-def _talked(language: str, kind: str, split: str, count: int, seed: int) -> list[dialog.Dialog]:
-    return dialog.dialogs(language, kind, check_split(split), count, seed)
 
 
 def timbres(s: Set) -> Any:

@@ -11,11 +11,11 @@ by a held-out template is always new.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import accumulate
 from typing import Any, Literal
 
 from babel import Locale
@@ -33,7 +33,6 @@ from antiphon.train.world import (
     Split,
     apart,
     check_split,
-    draws,
     expand,
     fill,
     load_world,
@@ -166,26 +165,31 @@ def dialogs(language: str, kind: str, split: Split, count: int, seed: int) -> li
     Raises:
         InputError: no such language, kind or split.
     """
-    phrases = load_phrases(language)
+    return [dialog_at(language, kind, split, seed, at) for at in find_dialogs(language, kind, split, count, seed)]
+
+
+def find_dialogs(language: str, kind: str, split: Split, count: int, seed: int) -> list[int]:
+    """Which draws of a seed the dialogs are: all that has to be known of the others to make one of them."""
+    load_phrases(language)
     check_split(split)
     if kind not in KINDS:
         raise InputError(f"there is no kind of dialog {kind!r}; expected one of {', '.join(KINDS)}")
-    found: dict[str, Dialog] = {}
-    repeated: list[Dialog] = []
+    found: dict[str, int] = {}
+    repeated: list[int] = []
     missed = 0
-    for draw in draws(f"{language}/{kind}/{split}/{seed}"):
+    for at in itertools.count():
         if len(found) + len(repeated) >= count:
             break
-        dialog = _draw_dialog(phrases, kind, split, draw)
-        asked = list(accumulate(map(_asked, dialog.turns)))
+        dialog = dialog_at(language, kind, split, seed, at)
+        asked = list(itertools.accumulate(map(_asked, dialog.turns)))
         if split != "template" and kind not in ABOUT_SENTENCES and _share(asked) != SHARE[split]:
             continue
         whole = f"{asked[-1]} {dialog.turns[-1].results}"
         missed = missed + 1 if whole in found else 0
         if missed == 0:
-            found[whole] = dialog
+            found[whole] = at
         elif missed > TRIES:
-            repeated.append(dialog)
+            repeated.append(at)
     return [*found.values(), *repeated]
 
 
@@ -236,14 +240,16 @@ def _fillings(phrases: Phrases) -> dict[str, Sequence[str]]:
 # ------------------------------------------------------------------------------------------------ drawing
 
 
-def _draw_dialog(phrases: Phrases, kind: str, split: Split, draw: Draw) -> Dialog:
-    template = draw.choose(phrases.templates(KINDS[kind], split))
+def dialog_at(language: str, kind: str, split: Split, seed: int, at: int) -> Dialog:
+    """The dialog of one draw."""
+    phrases, draw = load_phrases(language), Draw(f"{language}/{kind}/{split}/{seed}/{at}")
+    template = draw.choose(_templates(language, KINDS[kind], split))
     question_type = template.split(".")[0]
     before: Facts | None = None
     turns: list[Turn] = []
     if first := FIRST.get(question_type):
         before = ASKED[first](phrases, split, draw)
-        turns += _turns(phrases, draw.choose(phrases.templates([first], "train")), before, split, draw)
+        turns += _turns(phrases, draw.choose(_templates(language, (first,), "train")), before, split, draw)
         facts = FOLLOWED[question_type](phrases, before.value, draw)
     else:
         facts = ASKED[question_type](phrases, split, draw)
@@ -252,6 +258,11 @@ def _draw_dialog(phrases: Phrases, kind: str, split: Split, draw: Draw) -> Dialo
     turns += _turns(phrases, template, facts, split, draw)
     tools = TOOLS if kind == "tools" else ()
     return Dialog(kind, phrases.language, f"{phrases.language}.{template}", split, tuple(turns), tools)
+
+
+@cache
+def _templates(language: str, types: tuple[str, ...], split: Split) -> list[str]:
+    return load_phrases(language).templates(types, split)
 
 
 def _turns(phrases: Phrases, template: str, facts: Facts, split: Split, draw: Draw) -> list[Turn]:

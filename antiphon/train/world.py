@@ -115,26 +115,41 @@ def sentences(language: str, split: Split, count: int, seed: int) -> list[Senten
     Raises:
         InputError: no such language or split.
     """
-    world = load_world(language)
+    return [sentence_at(language, split, seed, at) for at in find_sentences(language, split, count, seed)]
+
+
+def find_sentences(language: str, split: Split, count: int, seed: int) -> list[int]:
+    """Which draws of a seed the sentences are: all that has to be known of the others to make one of them."""
+    load_world(language)
     check_split(split)
-    names = world.templates_of(split)
-    found: dict[str, Sentence] = {}
-    repeated: list[Sentence] = []
+    found: dict[str, int] = {}
+    repeated: list[int] = []
     missed = 0
-    for draw in draws(f"{language}/{split}/{seed}"):
+    for at in itertools.count():
         if len(found) + len(repeated) >= count:
             break
-        name = draw.choose(names)
-        line = fill(world.templates[name], world.lists, draw)
-        text = write(line.split(), language)
+        text = write(_line_at(language, split, seed, at)[1].split(), language)
         if share_of(text) != SHARE[split]:
             continue
         missed = missed + 1 if text in found else 0
         if missed == 0:
-            found[text] = say(line, language, f"{language}.{name}", split)
+            found[text] = at
         elif missed > TRIES:
             repeated.append(found[text])
     return [*found.values(), *repeated]
+
+
+def sentence_at(language: str, split: Split, seed: int, at: int) -> Sentence:
+    """The sentence of one draw."""
+    name, line = _line_at(language, split, seed, at)
+    return say(line, language, f"{language}.{name}", split)
+
+
+def _line_at(language: str, split: Split, seed: int, at: int) -> tuple[str, str]:
+    """The template of a draw, and the template filled."""
+    world, draw = load_world(language), Draw(f"{language}/{split}/{seed}/{at}")
+    name = draw.choose(world.templates_of(split))
+    return name, fill(world.templates[name], world.lists, draw)
 
 
 def vocabulary(language: str, split: Split | None = None) -> list[str]:
@@ -188,11 +203,6 @@ class Draw:
         return options[self.below(len(options))]
 
 
-def draws(key: str) -> Iterator[Draw]:
-    """Endless draws, a function of `key`."""
-    return (Draw(f"{key}/{i}") for i in itertools.count())
-
-
 def share_of(text: str) -> str:
     """Who a text belongs to, train, valid or test, whatever template, seed or count it came from."""
     number = int.from_bytes(hashlib.sha256(text.casefold().encode()).digest()[:8]) % SHARES
@@ -242,7 +252,18 @@ def read(tokens: Sequence[str], language: str) -> str:
 
 def words_of(line: str) -> tuple[str, ...]:
     """Words of a line in lower case, without punctuation."""
-    return tuple("".join(" " if unicodedata.category(c)[0] in "PS" else c for c in line.casefold()).split())
+    return tuple(line.casefold().translate(_BLANKS).split())
+
+
+class _Blanks(dict[int, str]):
+    """For `str.translate`: punctuation and symbols as spaces."""
+
+    def __missing__(self, code: int) -> str:
+        self[code] = " " if unicodedata.category(chr(code))[0] in "PS" else chr(code)
+        return self[code]
+
+
+_BLANKS = _Blanks()
 
 
 # ------------------------------------------------------------------------------------------------ the files
@@ -266,6 +287,7 @@ def load_world(language: str) -> World:
     )
 
 
+@cache
 def read_yaml(folder: str, language: str) -> dict:
     """A data file of this package; every scalar is text, since yes, no and on are words here."""
     return yaml.load((FOLDER / folder / f"{language}.yaml").read_text(encoding="utf-8"), yaml.BaseLoader)
@@ -331,6 +353,7 @@ def measure(number: int, unit: str, language: str) -> str:
     return apart(shown.replace(str(number), f" {number_words(number, language)} "))
 
 
+@cache
 def number_words(number: int, language: str, kind: str = "numbers") -> str:
     """A number in words: the language's own table, or num2words."""
     table = number_table(language)
