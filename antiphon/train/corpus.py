@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 from antiphon.audio import Samples, write_audio
 from antiphon.errors import ConfigError
 from antiphon.train import dialog, espeak, music, noises
-from antiphon.train.augment import Augment, augment
+from antiphon.train.augment import augment
 from antiphon.train.data import PACE, resample
 from antiphon.train.dialog import DIALOG_LANGUAGES, dialog_at, dialog_vocabulary, find_dialogs
 from antiphon.train.dialog import KINDS as KINDS_OF_DIALOG
@@ -135,14 +135,18 @@ def make_corpus(sets: dict[str, Set], out: Path, jobs: int, progress: Callable[[
     with ProcessPoolExecutor(jobs) as pool:  # once, not in every process that says some of them
         FOUND.update(zip(texts, pool.map(find, texts), strict=True))
     with ProcessPoolExecutor(jobs, initializer=_begin, initargs=(FOUND,)) as pool:
-        made = {pool.submit(make_shard, out, n, s, i): n for n, s in sets.items() for i in range(left[n])}
+        order = sorted(sets, key=lambda name: sets[name].silent)  # what is made quickly comes last, so that none waits
+        made = {pool.submit(make_shard, out, name, sets[name], i): name for name in order for i in range(left[name])}
+        joined: list[Future[None]] = []
         for done, future in enumerate(as_completed(made), 1):
             future.result()
             name = made[future]
             left[name] -= 1
             if not left[name]:
-                _join(out, name, shards_of(sets[name]))
+                joined.append(pool.submit(_join, out, name, shards_of(sets[name])))
             progress(done, len(made))
+        for future in joined:
+            future.result()
     return {name: out / f"{name}.jsonl.gz" for name in sets}
 
 
@@ -235,7 +239,7 @@ def _join(out: Path, name: str, count: int) -> None:
     lines: list[bytes] = []
     for shard in range(count):
         lines += (out / name / f"{shard:04d}.jsonl").read_bytes().splitlines()[1:]
-    _whole(out / f"{name}.jsonl.gz", gzip.compress(b"\n".join(lines) + b"\n", mtime=0))
+    _whole(out / f"{name}.jsonl.gz", gzip.compress(b"\n".join(lines) + b"\n", 6, mtime=0))
 
 
 def _whole(path: Path, data: bytes) -> None:
@@ -308,7 +312,7 @@ def augmented(clip: Clip, s: Set, rng: np.random.Generator) -> Clip:
     """The clip, or in a share of cases the clip as a room, a line or a network left it."""
     if rng.random() >= s.augment:
         return clip
-    samples = augment(clip.samples, espeak.RATE, rng, Augment())
+    samples = augment(clip.samples, espeak.RATE, rng)
     return replace(clip, samples=samples, custom={**clip.custom, "augmented": True})
 
 

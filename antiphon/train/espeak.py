@@ -20,6 +20,7 @@ from _ctypes import dlclose
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -141,6 +142,7 @@ def say(text: str, language_voice: str, voice: Voice = Voice()) -> Samples:
     return samples
 
 
+@cache
 def variants() -> tuple[str, ...]:
     """The voice variants of the installed engine; the first, "", is its plain voice."""
     return "", *sorted(os.listdir(os.path.join(_wheel()[1], "voices", "!v")))

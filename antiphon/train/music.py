@@ -233,8 +233,8 @@ def damped(hz: Floats, decays: Floats, weights: Floats, n: int) -> Floats:
     within = np.exp(step * np.arange(block))  # [K, block]
     starts = weights[:, None] * np.exp(step * block * np.arange(-(-n // block)))  # [K, blocks]
     wave = np.zeros((starts.shape[1], block))
-    for start, z in zip(starts, within, strict=True):
-        wave += start.real[:, None] * z.imag + start.imag[:, None] * z.real
+    for start, real, imag in zip(starts, np.real(within).copy(), np.imag(within).copy(), strict=True):
+        wave += start.real[:, None] * imag + start.imag[:, None] * real
     return wave.ravel()[:n]
 
 
