@@ -320,8 +320,10 @@ def test_frames_are_fed_back_as_the_talker_draws_them(place):
     assert min(shares) < 0.3
     assert max(shares) > 0.7
     batch = stage.batch(0)
-    fed = stage.modules.train() and stage.scores(batch)
-    recorded = stage.modules.eval() and stage.scores(batch)
+    stage.modules.train()
+    fed = stage.scores(batch)
+    stage.modules.eval()
+    recorded = stage.scores(batch)
     assert torch.equal(fed[1], recorded[1])  # what is wanted is what was recorded
     assert not torch.equal(fed[0], recorded[0])
 

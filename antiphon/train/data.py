@@ -27,7 +27,8 @@ from antiphon.config import MelConfig
 from antiphon.errors import InputError
 from antiphon.train.recipe import Data, Source
 
-Item, Read = TypeVar("Item"), TypeVar("Read")
+Item = TypeVar("Item")
+Read = TypeVar("Read")
 Mel = NDArray[np.float32] | NDArray[np.float16]  # raw log-mel [T, F]
 PACE = 0.07  # seconds that it takes to say a character, about
 BUCKETS = 12  # lengths that share a batch; more means less padding and less variety in a batch

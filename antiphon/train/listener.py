@@ -6,32 +6,35 @@ Shapes: R rows, N samples, S audio tokens, T frames of codes, W width.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from antiphon.audio import LogMel, Resampler
 from antiphon.aut import AuT, TextDecoder
 from antiphon.config import AudioConfig
+from antiphon.thinker import Thinker
 from antiphon.tokenizer import Tokenizer
+from antiphon.train.losses import likeness
 from antiphon.train.stages.aut import write
+from antiphon.train.stages.thinker import SHARP
 from antiphon.train.text import read_transcript
 
 
 class Listener:
     """AuT behind a resampler, never trained here; with its text decoder it also writes what it hears.
 
-    `ctc` is its CTC head, for those who learn from it.
+    With a `thinker` it spells: its rows read like the Thinker's embeddings, as taught by `spelling_losses`.
     """
 
     def __init__(
-        self, aut: AuT, sample_rate: int, decoder: TextDecoder | None = None, ctc: nn.Linear | None = None
+        self, aut: AuT, sample_rate: int, decoder: TextDecoder | None = None, thinker: Thinker | None = None
     ) -> None:
-        self.aut, self.decoder, self.ctc, self.config = aut.eval().requires_grad_(False), decoder, ctc, aut.config
+        self.aut, self.decoder, self.config = aut.eval().requires_grad_(False), decoder, aut.config
+        self.table = None if thinker is None else thinker.model.embed_tokens.weight.detach()
         device = aut.conv_out.weight.device
         self.resample = Resampler(sample_rate, self.config.mel.sample_rate).to(device)
         self.log_mel = LogMel(self.config.mel).to(device)
-        for part in (decoder, ctc):
-            if part is not None:
-                part.eval().requires_grad_(False)
+        if decoder is not None:
+            decoder.eval().requires_grad_(False)
 
     @torch.no_grad()
     def states(self, wave: Tensor) -> Tensor:
@@ -42,6 +45,11 @@ class Listener:
         """Encoder states [R, T, W] of waves [R, N] at the middle of each of `frames` frames of codes."""
         states = self.states(wave)
         return at_frames(states, token_times(states.shape[1], self.config), frame_rate, frames)
+
+    def spell(self, states: Tensor) -> Tensor:
+        """Log-probabilities [R, S, V] of the tokens that encoder states [R, S, W] read like."""
+        assert self.table is not None, "a listener without a Thinker cannot spell"
+        return (SHARP * likeness(self.aut.project(states), self.table)).log_softmax(-1)
 
     @torch.no_grad()
     def read(self, wave: Tensor, tokenizer: Tokenizer) -> str:

@@ -181,7 +181,7 @@ class Run:
             p.requires_grad_(True)
         if self.average:
             fresh = [self.weights[n].detach() for n in self.average]
-            torch._foreach_lerp_(
+            torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
                 list(self.average.values()), fresh, 1 - min(plan.average, (1 + self.step) / (10 + self.step))
             )
         self.step += 1

@@ -31,6 +31,7 @@ from antiphon.config_json import parse_codec_config, read_json
 from antiphon.error_rates import error_rates
 from antiphon.errors import ConfigError
 from antiphon.streaming import run_convolutions, tails_of
+from antiphon.thinker import Thinker
 from antiphon.train.adversary import Adversary, feature_loss, fooling_loss, judging_loss
 from antiphon.train.data import Example, Kept, load_samples, read_cuts
 from antiphon.train.listener import Listener
@@ -281,14 +282,14 @@ class CodecStage(SoundStage):
     def _taught(self, semantic: Tensor, wave: Tensor, teacher: Listener) -> Tensor:
         """How far the semantic codebook is from what AuT makes of the same moments.
 
-        1 - cosine, and where there is a CTC head how far what it spells there is from what it spells in AuT's states.
+        1 - cosine, and where there is a Thinker to spell for, how far what they spell is from what AuT's states do.
         """
         wanted = teacher.states_at(wave, self.config.frame_rate, semantic.shape[1]).float()
         known = self.modules["semantic"](semantic).float()
         apart = 1 - F.cosine_similarity(known, wanted, dim=-1).mean()
-        if teacher.ctc is None:
+        if teacher.table is None:
             return apart
-        spelled, said = (teacher.ctc(x).float().log_softmax(-1) for x in (known, wanted))
+        spelled, said = teacher.spell(known), teacher.spell(wanted)
         return apart + F.kl_div(spelled, said, reduction="none", log_target=True).sum(-1).mean()
 
     def sound(self, latents: Tensor) -> Tensor:
@@ -472,13 +473,13 @@ def embed_codebooks(code2wav: Code2Wav, codec: Codec) -> None:
 
 
 def listening_modules(setting: Setting, decoder: dict[str, Any]) -> dict[str, Any]:
-    """AuT, and its CTC head and its text decoder of sizes `decoder`, each if the recipe begins it from a run."""
+    """AuT, its text decoder of sizes `decoder`, the Thinker it spells for: each if the recipe begins it from a run."""
     init, c = setting.recipe.init, setting.config
     if "aut" not in init:
         return {}
     parts: dict[str, Any] = {"aut": AuT(c.audio)}
-    if "ctc" in init:
-        parts["ctc"] = nn.Linear(c.audio.d_model, c.text.vocab_size + 1)
+    if "thinker" in init:
+        parts["thinker"] = Thinker(c.text, c.talker.accept_hidden_layer if c.talker else None)
     if "decoder" in init:
         sizes = {"vocab_size": c.text.vocab_size, **decoder}
         config = read_fields(TextDecoderConfig, sizes, f"{setting.recipe.name}.options.decoder")
