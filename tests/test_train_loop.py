@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from antiphon import files
 from antiphon.errors import ConfigError, InputError, WeightsError
 from antiphon.files import read_metadata, read_safetensors, write_safetensors
-from antiphon.train.data import Mix
+from antiphon.train.data import Example, Kept, Mix, read_examples
 from antiphon.train.keep import keep, put_back
 from antiphon.train.loop import BEST, LOG, STATE, Figures, Loss, Run, learning_rate, train
 from antiphon.train.recipe import Data, Optimization, Recipe, Source, read_recipe
@@ -745,6 +745,40 @@ def test_a_mix_that_cannot_be(lengths):
         Mix(short, (Source("none.jsonl"),), lengths, 0)
 
 
+def test_a_source_may_be_of_some_languages(tmp_path):
+    """The language of a conversation is its own, that of other cuts their first supervision's."""
+    from lhotse import MonoCut, SupervisionSegment
+
+    from antiphon.train.prepare import write_cuts
+
+    said = [SupervisionSegment("s", "r", 0.0, 1.0, language="de")]
+    cuts = [MonoCut("a", 0.0, 1.0, 0, said), MonoCut("b", 0.0, 1.0, 0, said, custom={"language": "zh"})]
+    write_cuts(tmp_path / "all.jsonl.gz", cuts)
+    found = {}
+    for languages in ((), ("de",), ("zh", "fr")):
+        source = Source("all.jsonl.gz", languages=languages)
+        found[languages] = [e.cut.id for e in Mix(Data((source,)), (source,), tmp_path, 0).examples]
+    assert found == {(): ["a", "b"], ("de",): ["a"], ("zh", "fr"): ["b"]}
+    with pytest.raises(InputError, match=r"^all.jsonl.gz holds no cuts in fr; give its languages$"):
+        read_examples(Source("all.jsonl.gz", languages=("fr",)), tmp_path)
+
+
+@pytest.mark.parametrize("readers", [0, 2])
+def test_what_is_kept_is_what_is_read(lengths, readers):
+    """By several processes or by none; they read once, and nothing again."""
+    examples, calls = mix_of(lengths).examples[:150], list[str]()
+
+    def read(example: Example) -> np.ndarray:
+        calls.append(example.cut.id)
+        return np.array([example.cut.duration])
+
+    kept = Kept(read, examples, readers)
+    assert not calls
+    assert [float(kept(e)[0]) for e in examples] == [e.cut.duration for e in examples]
+    assert len(calls) == (0 if readers else len(examples))
+    assert kept(Example(examples[0].cut, "language"))[0] == examples[0].cut.duration
+
+
 # ------------------------------------------------------------------------------------------------------------ recipes
 
 GOOD = """
@@ -771,7 +805,7 @@ def test_a_recipe(tmp_path):
     [
         ("stage: aut", "stages: aut", r"^mine.yaml has no setting 'stages'; it has name, stage, data, optimization, "),
         ("warmup: 7", "warm_up: 7", r"^mine.yaml.optimization has no setting 'warm_up'; it has steps, lr, warmup, "),
-        ("weight: 4", "wait: 4", r"^mine.yaml.data.mix\[0\] has no setting 'wait'; it has cuts, weight, task$"),
+        ("weight: 4", "wait: 4", r"^mine.yaml.data.mix\[0\] has no setting 'wait'; it has cuts, weight, task, languages$"),
         ("stage: aut", "", r"^mine.yaml.stage is missing$"),
         ("steps: 100, ", "", r"^mine.yaml.optimization.steps is missing$"),
         ("{cuts: b.jsonl.gz}", "{}", r"^mine.yaml.data.mix\[1\].cuts is missing$"),
@@ -792,7 +826,7 @@ def test_a_recipe(tmp_path):
         ("freeze: [decoder]", "freeze: [1]", r"^mine.yaml.freeze\[0\] is 1; expected str$"),
         ("{aut: earlier}", "{aut: 5}", r"^mine.yaml.init.aut is 5; expected str$"),
         ("{aut: earlier}", "[aut]", r"^mine.yaml.init is \['aut'\]; expected dict$"),
-        ("{cuts: b.jsonl.gz}", "b.jsonl.gz", r"^mine.yaml.data.mix\[1\] should be a table of cuts, weight, task$"),
+        ("{cuts: b.jsonl.gz}", "b.jsonl.gz", r"^mine.yaml.data.mix\[1\] should be a table of cuts, weight, task, languages$"),
         (GOOD, "- stage\n- data", r"mine.yaml is not a recipe; expected a table of settings$"),
         (GOOD, "", r"mine.yaml is not a recipe; expected a table of settings$"),
         (GOOD, "stage: aut\ndata: [1, 2", r"mine.yaml is not YAML: expected ',' or '\]'.* in line 2$"),

@@ -55,8 +55,9 @@ class Example:
 
     @property
     def language(self) -> str | None:
-        """Language code of the first supervision."""
-        return next((s.language for s in self.cut.supervisions), None)
+        """Language code of a conversation, or of the first supervision."""
+        first = next((s.language for s in self.cut.supervisions), None)
+        return (self.cut.custom or {}).get("language", first)
 
     def custom(self, name: str) -> Any:
         """A field that the producer of the cuts added to the supervision, None where there is none."""
@@ -82,6 +83,24 @@ def read_cuts(path: str | Path, root: Path | None = None) -> list[Any]:
     if not cuts:
         raise InputError(f"{place} holds no cuts")
     return [_at(cut, place.parent) for cut in cuts]
+
+
+def read_examples(source: Source, root: Path) -> list[Example]:
+    """The examples of one line of a mix.
+
+    Raises:
+        InputError: there is no such manifest, or nothing in it that is in its languages.
+    """
+    return examples_of(source, read_cuts(source.cuts, root))
+
+
+def examples_of(source: Source, cuts: Sequence[Any]) -> list[Example]:
+    """The examples that the cuts of a source give."""
+    examples = [Example(cut, source.task) for cut in cuts]
+    some = [e for e in examples if not source.languages or e.language in source.languages]
+    if not some:
+        raise InputError(f"{source.cuts} holds no cuts in {', '.join(source.languages)}; give its languages")
+    return some
 
 
 def _at(cut: Any, folder: Path) -> Any:
@@ -128,7 +147,8 @@ class Mix:
         self.data, self.seed, self.rank, self.world = data, seed, rank, world
         names = {s.cuts for s in sources}  # each is read once, however many tasks it has
         cuts = {name: read_cuts(name, root) for name in names}
-        pools = [[e for c in cuts[s.cuts] if (e := Example(c, s.task)).seconds <= data.max_seconds] for s in sources]
+        examples = [examples_of(s, cuts[s.cuts]) for s in sources]
+        pools = [[e for e in some if e.seconds <= data.max_seconds] for some in examples]
         for source, pool in zip(sources, pools, strict=True):
             if not pool:
                 raise InputError(f"{source.cuts} has no cut of at most {data.max_seconds} s; raise data.max_seconds")

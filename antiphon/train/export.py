@@ -20,7 +20,7 @@ from antiphon.errors import ConfigError
 from antiphon.model import Boxes
 from antiphon.speaker import SPEAKER_FILE, SpeakerConfig, SpeakerEncoder, save_speaker
 from antiphon.train.codes import Spoken, sound_of
-from antiphon.train.data import Example, read_cuts
+from antiphon.train.data import read_examples
 from antiphon.train.recipe import read_fields
 from antiphon.train.stages.codec import read_codec_config
 from antiphon.train.stages.common import TOKENIZER, Setting
@@ -75,12 +75,8 @@ def export(setting: Setting, run: Path) -> Path:
 def store_voices(table: nn.Embedding, speaker: SpeakerEncoder, setting: Setting, takes: int) -> None:
     """Put each preset voice's vector in its row of the Talker's embedding."""
     assert setting.config.talker is not None
-    spoken = [
-        one
-        for source in setting.recipe.data.mix
-        for cut in read_cuts(source.cuts, setting.cuts)
-        for one in spoken_in(Example(cut, source.task))
-    ]
+    examples = [e for source in setting.recipe.data.mix for e in read_examples(source, setting.cuts)]
+    spoken = [one for example in examples for one in spoken_in(example)]
     for voice, row in setting.config.talker.speaker_id.items():
         recordings = [one for one in spoken if voice_of(one) == voice][:takes]
         if not recordings:

@@ -14,7 +14,7 @@ import torch
 from rich.progress import track
 
 from antiphon.errors import ConfigError, InputError
-from antiphon.train.data import Example, Kept, batches, listened, read_cuts
+from antiphon.train.data import Example, Kept, batches, listened, read_examples
 from antiphon.train.recipe import read_fields
 from antiphon.train.stages.aut import AuTStage, write
 from antiphon.train.stages.common import Setting
@@ -46,7 +46,7 @@ def label(setting: Setting, *, quiet: bool = False) -> tuple[int, int]:
         raise ConfigError(f"{recipe.name}: init names no aut and decoder; labels need a teacher")
     teacher = AuTStage(setting.teaching({"decoder": options.decoder}))
     teacher.modules.eval()
-    examples = [Example(c, s.task) for s in recipe.data.mix for c in read_cuts(s.cuts, setting.cuts)]
+    examples = [e for s in recipe.data.mix for e in read_examples(s, setting.cuts)]
     lines = [json.dumps(cut, ensure_ascii=False) for cut in labelled(teacher, examples, options, recipe, quiet=quiet)]
     if not lines:
         raise InputError(f"{recipe.name}: no transcript reaches {options.keep}; train the teacher longer or lower keep")

@@ -67,6 +67,7 @@ class Source:
     cuts: str
     weight: float = 1.0
     task: str = "transcribe"
+    languages: tuple[str, ...] = ()  # only the cuts in these; all by default
 
 
 @dataclass(frozen=True)

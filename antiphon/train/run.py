@@ -13,7 +13,7 @@ from rich.console import Console
 from antiphon.errors import ConfigError
 from antiphon.files import write_text
 from antiphon.train.corpus import Set, read_corpus, read_sets
-from antiphon.train.data import Example, read_cuts
+from antiphon.train.data import read_examples
 from antiphon.train.export import export
 from antiphon.train.keep import put_back
 from antiphon.train.label import label
@@ -119,7 +119,7 @@ def make_tokenizer(recipe: Recipe, recipes: Path, cuts: Path, folder: Path) -> N
     """The tokenizer of a recipe's cuts, and config.json with its ids; says how many tokens speech is."""
     texts, said = [], list[tuple[str, str, float]]()
     for source in recipe.data.mix:
-        examples = [Example(cut, source.task) for cut in read_cuts(source.cuts, cuts)]
+        examples = read_examples(source, cuts)
         texts += [transcript(e.text, e.language) for e in examples] * max(1, round(source.weight))
         messages = [m for e in examples for m in (e.cut.custom or {}).get("messages", ())]
         texts += [m["content"] for m in messages if isinstance(m["content"], str)]

@@ -22,7 +22,18 @@ from torch import Tensor, nn
 from antiphon.aut import AuT, TextDecoder, TextDecoderConfig
 from antiphon.error_rates import error_rates
 from antiphon.tokenizer import Tokenizer
-from antiphon.train.data import Example, Kept, Mel, batches, listened, load_samples, measured, numbers, pad, read_cuts
+from antiphon.train.data import (
+    Example,
+    Kept,
+    Mel,
+    batches,
+    listened,
+    load_samples,
+    measured,
+    numbers,
+    pad,
+    read_examples,
+)
 from antiphon.train.loop import Figures, Loss
 from antiphon.train.losses import ctc_per_token
 from antiphon.train.recipe import read_fields
@@ -147,8 +158,8 @@ class AuTStage:
         for name, source in zip(
             manifests(self.setting.recipe.data.validation), self.setting.recipe.data.validation, strict=True
         ):
-            cuts = read_cuts(source.cuts, self.setting.cuts)[: self.options.validated]
-            heard = self.hear([Example(c, source.task) for c in cuts], max(self.options.windows))
+            examples = read_examples(source, self.setting.cuts)[: self.options.validated]
+            heard = self.hear(examples, max(self.options.windows))
             rates = error_rates((e.text, text, e.language) for e, text, _ in heard)
             figures[name] = sum(rates.values()) / len(rates)
             figures |= {f"{name}.{language}": rate for language, rate in rates.items()}
@@ -172,8 +183,8 @@ class AuTStage:
         folder.mkdir(parents=True, exist_ok=True)
         lines = []
         for source in self.setting.recipe.data.validation:
-            cuts = read_cuts(source.cuts, self.setting.cuts)[:: max(1, self.options.validated // 8)][:8]
-            heard = self.hear([Example(c, source.task) for c in cuts], max(self.options.windows))
+            examples = read_examples(source, self.setting.cuts)[:: max(1, self.options.validated // 8)][:8]
+            heard = self.hear(examples, max(self.options.windows))
             lines += [{"said": e.text, "heard": text, "language": language} for e, text, language in heard]
         text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
         (folder / "heard.jsonl").write_text(text + "\n", encoding="utf-8")

@@ -33,7 +33,7 @@ from antiphon.errors import ConfigError
 from antiphon.streaming import run_convolutions, tails_of
 from antiphon.thinker import Thinker
 from antiphon.train.adversary import Adversary, feature_loss, fooling_loss, judging_loss
-from antiphon.train.data import Example, Kept, load_samples, read_cuts
+from antiphon.train.data import Example, Kept, load_samples, read_examples
 from antiphon.train.listener import Listener
 from antiphon.train.loop import Figures, Loss, load_weights
 from antiphon.train.losses import FLOOR, SpectralDistance, Spectrum
@@ -214,7 +214,7 @@ class SoundStage(ABC):
     def _examples(self, count: int) -> list[Example]:
         """The first `count` clips of each validation manifest."""
         sources = self.setting.recipe.data.validation
-        return [Example(c, s.task) for s in sources for c in read_cuts(s.cuts, self.setting.cuts)[:count]]
+        return [e for s in sources for e in read_examples(s, self.setting.cuts)[:count]]
 
     def _again(self, example: Example) -> tuple[Tensor, Tensor, Tensor]:
         """A clip as it was [1, N], as it comes back [1, N], and its codes [1, T, Q]."""

@@ -34,7 +34,7 @@ from antiphon.speaker import SpeakerConfig, SpeakerEncoder
 from antiphon.talker import CLONED, Rows, talker_prompt
 from antiphon.train.codes import Spoken, encode, key_of, sound_of
 from antiphon.train.copying import begin_following
-from antiphon.train.data import Example, Kept, numbers, pad, read_cuts, read_together
+from antiphon.train.data import Example, Kept, numbers, pad, read_examples, read_together
 from antiphon.train.following import places
 from antiphon.train.loop import Figures, Loss
 from antiphon.train.losses import likeness
@@ -142,9 +142,7 @@ class SpeechStage:
         """Codes of everything that is spoken, and who speaks what."""
         examples = [e for row in self.mix.cells for cell in row for e in cell]
         for source in self.setting.recipe.data.validation:
-            examples += [
-                Example(c, source.task) for c in read_cuts(source.cuts, self.setting.cuts)[: self.options.validated]
-            ]
+            examples += read_examples(source, self.setting.cuts)[: self.options.validated]
         spoken = [one for e in examples for one in spoken_in(e)]
         runs, aut, thinker, readers = (
             self.setting.runs,
@@ -368,8 +366,7 @@ class SpeechStage:
         """Mean losses over the validation manifests."""
         figures: dict[str, list[float]] = {}
         for source in self.setting.recipe.data.validation:
-            cuts = read_cuts(source.cuts, self.setting.cuts)[: self.options.validated]
-            examples = [Example(c, source.task) for c in cuts]
+            examples = read_examples(source, self.setting.cuts)[: self.options.validated]
             for i in range(0, len(examples), 8):
                 loss = self.loss("speech", self.collate(examples[i : i + 8], i), 0)
                 for name, value in loss.figures.items():
@@ -400,8 +397,7 @@ class SpeechStage:
     def _heard(self, count: int) -> list[Spoken]:
         """What is spoken in the first examples of each validation manifest."""
         sources = self.setting.recipe.data.validation
-        cuts = [(c, s.task) for s in sources for c in read_cuts(s.cuts, self.setting.cuts)[:count]]
-        return [spoken_in(Example(cut, task))[0] for cut, task in cuts]
+        return [spoken_in(e)[0] for s in sources for e in read_examples(s, self.setting.cuts)[:count]]
 
 
 def spoken_in(example: Example) -> list[Spoken]:

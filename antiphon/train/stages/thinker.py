@@ -26,7 +26,7 @@ from antiphon.errors import ConfigError
 from antiphon.thinker import Thinker
 from antiphon.tokenizer import Tokenizer
 from antiphon.train.copying import begin_copying
-from antiphon.train.data import Example, Kept, Mel, batches, listened, measured, numbers, pad, read_cuts
+from antiphon.train.data import Example, Kept, Mel, batches, listened, measured, numbers, pad, read_examples
 from antiphon.train.loop import Figures, Loss
 from antiphon.train.losses import ctc_and_ways, likeness
 from antiphon.train.recipe import Source, read_fields
@@ -168,8 +168,8 @@ class ThinkerStage:
 
     def answered(self, source: Source) -> list[tuple[str, str]]:
         """The last answer of each conversation of a manifest, as it should be and as it is."""
-        cuts = read_cuts(source.cuts, self.setting.cuts)
-        some = [Example(c, source.task) for c in cuts[:: max(1, len(cuts) // self.options.validated)]]
+        examples = read_examples(source, self.setting.cuts)
+        some = examples[:: max(1, len(examples) // self.options.validated)]
         pairs = []
         for part in batches(some, self.setting.recipe.data.batch_seconds):
             pairs += [(answer_of(self, talk), self.answer(talk)) for talk in map(self.read, part)]
@@ -195,9 +195,8 @@ class ThinkerStage:
         folder.mkdir(parents=True, exist_ok=True)
         lines = []
         for source in self.setting.recipe.data.validation:
-            cuts = read_cuts(source.cuts, self.setting.cuts)
-            for cut in cuts[:: max(1, len(cuts) // 8)][:8]:
-                talk = self.read(Example(cut, source.task))
+            examples = read_examples(source, self.setting.cuts)
+            for talk in map(self.read, examples[:: max(1, len(examples) // 8)][:8]):
                 lines.append({"task": source.task, "wanted": answer_of(self, talk), "said": self.answer(talk)})
         text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
         (folder / "said.jsonl").write_text(text + "\n", encoding="utf-8")
