@@ -21,6 +21,7 @@ from antiphon.generate import Omni, collect
 
 LONGEST = 30.0  # seconds of a piece, unless the checkpoint's config.json says what it was trained on
 PAUSE = 0.2  # seconds whose loudness decides where to cut
+FASTEST, LEAST_TOKENS = 25, 16  # text tokens that a second of speech can be, and some for none: a loop ends there
 PROMPTS = {"zh": "请将这段中文语音转换为纯文本。", "": "Transcribe the audio into text."}  # the release's own
 HEARD = tuple(
     ["ar", "de", "en", "es", "fr", "id", "it", "ja", "ko", "ms", "nl", "pt", "ru", "th", "tr", "ur", "vi", "yue", "zh"]
@@ -79,7 +80,8 @@ def transcribe(
         session = model.session(window=window)
         session.append_clip(samples[start:stop], rate)
         session.append_text(PROMPTS.get(language, PROMPTS[""]))
-        reply = collect(session.respond(audio=False, max_text_tokens=max_text_tokens))
+        most = min(max_text_tokens, LEAST_TOKENS + round(FASTEST * (stop - start) / rate))
+        reply = collect(session.respond(audio=False, max_text_tokens=most))
         pieces.append(Piece(start / rate, stop / rate, reply.text.strip()))
         finish = reply.finish if reply.finish != "stop" else finish
         progress(stop / rate, len(samples) / rate)

@@ -8,7 +8,7 @@ import pytest
 
 from antiphon.errors import AudioError, InputError
 from antiphon.transcripts import FORMATS, Piece, Transcript, clock, cut_at_pauses, transcribe
-from tests.models import omni, sound
+from tests.models import omni, script, sound
 
 RATE = 16000
 SAID = Transcript([Piece(0.0, 1.5, "one two"), Piece(1.5, 3661.25, "three")], 3661.25)
@@ -51,6 +51,16 @@ def test_a_long_recording_is_heard_piece_by_piece() -> None:
     assert (first.start, second.start, second.stop) == (0, first.stop, whole.seconds)
     assert whole.finish == "length"
     assert told == [(round(first.stop, 3), 2.7), (2.7, 2.7)]
+
+
+def test_a_model_that_goes_on_and_on_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No speech has so many words: two seconds end after 16 + 2 * 25 tokens, and the transcript says so."""
+    model = omni()
+    script(monkeypatch, model, "and on " * 400)
+    heard = transcribe(model, bursts([0, 0]), RATE)
+    assert heard.finish == "length"
+    assert len(model.tokenizer.encode(heard.text)) <= 66
+    assert len(heard.text) > 60
 
 
 def test_what_cannot_be_transcribed() -> None:
