@@ -80,12 +80,17 @@ def transcribe(
         session = model.session(window=window)
         session.append_clip(samples[start:stop], rate)
         session.append_text(PROMPTS.get(language, PROMPTS[""]))
-        most = min(max_text_tokens, LEAST_TOKENS + round(FASTEST * (stop - start) / rate))
+        most = min(max_text_tokens, most_tokens((stop - start) / rate))
         reply = collect(session.respond(audio=False, max_text_tokens=most))
         pieces.append(Piece(start / rate, stop / rate, reply.text.strip()))
         finish = reply.finish if reply.finish != "stop" else finish
         progress(stop / rate, len(samples) / rate)
     return Transcript(pieces, len(samples) / rate, finish)
+
+
+def most_tokens(seconds: float) -> int:
+    """Text tokens that so long a recording can be written down in at most."""
+    return LEAST_TOKENS + round(FASTEST * seconds)
 
 
 def longest_piece(model: Omni) -> float:
