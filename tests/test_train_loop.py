@@ -805,7 +805,11 @@ def test_a_recipe(tmp_path):
     [
         ("stage: aut", "stages: aut", r"^mine.yaml has no setting 'stages'; it has name, stage, data, optimization, "),
         ("warmup: 7", "warm_up: 7", r"^mine.yaml.optimization has no setting 'warm_up'; it has steps, lr, warmup, "),
-        ("weight: 4", "wait: 4", r"^mine.yaml.data.mix\[0\] has no setting 'wait'; it has cuts, weight, task, languages$"),
+        (
+            "weight: 4",
+            "wait: 4",
+            r"^mine.yaml.data.mix\[0\] has no setting 'wait'; it has cuts, weight, task, languages$",
+        ),
         ("stage: aut", "", r"^mine.yaml.stage is missing$"),
         ("steps: 100, ", "", r"^mine.yaml.optimization.steps is missing$"),
         ("{cuts: b.jsonl.gz}", "{}", r"^mine.yaml.data.mix\[1\].cuts is missing$"),
@@ -826,7 +830,11 @@ def test_a_recipe(tmp_path):
         ("freeze: [decoder]", "freeze: [1]", r"^mine.yaml.freeze\[0\] is 1; expected str$"),
         ("{aut: earlier}", "{aut: 5}", r"^mine.yaml.init.aut is 5; expected str$"),
         ("{aut: earlier}", "[aut]", r"^mine.yaml.init is \['aut'\]; expected dict$"),
-        ("{cuts: b.jsonl.gz}", "b.jsonl.gz", r"^mine.yaml.data.mix\[1\] should be a table of cuts, weight, task, languages$"),
+        (
+            "{cuts: b.jsonl.gz}",
+            "b.jsonl.gz",
+            r"^mine.yaml.data.mix\[1\] should be a table of cuts, weight, task, languages$",
+        ),
         (GOOD, "- stage\n- data", r"mine.yaml is not a recipe; expected a table of settings$"),
         (GOOD, "", r"mine.yaml is not a recipe; expected a table of settings$"),
         (GOOD, "stage: aut\ndata: [1, 2", r"mine.yaml is not YAML: expected ',' or '\]'.* in line 2$"),
