@@ -439,11 +439,29 @@ def music(phrases: Phrases, split: Split, draw: Draw) -> Facts:
     """What there is to hear in a melody."""
     tempo = TEMPOS[0] + draw.below(TEMPOS[1] - TEMPOS[0] + 1)
     notes = NOTES[0] + draw.below(most_notes(tempo) - NOTES[0] + 1)
-    labels = {kind: draw.choose(tuple(names)) for kind, names in _HEARD.items()}
-    said = {kind: phrases.labels[kind][name] for kind, name in labels.items()}
-    said["notes"] = number_words(notes, phrases.language)
-    said["tempo"] = " ".join(number_words(int(digit), phrases.language) for digit in str(tempo))
-    return Facts(said, Clip("music", labels={**labels, "notes": notes, "tempo": tempo}, take=draw.below(TAKES)))
+    labels = {kind: draw.choose(tuple(names)) for kind, names in _HEARD.items()} | {"notes": notes, "tempo": tempo}
+    return Facts(said_of(labels, phrases), Clip("music", labels=labels, take=draw.below(TAKES)))
+
+
+def said_of(labels: Mapping[str, Any], phrases: Phrases) -> dict[str, str]:
+    """What the labels of music or of a sound are called, by slot; a tempo is said digit by digit."""
+    said = {kind: phrases.labels[kind][labels[kind]] for kind in (*_HEARD, "sound") if kind in labels}
+    if "notes" in labels:
+        said["notes"] = number_words(labels["notes"], phrases.language)
+    if "tempo" in labels:
+        said["tempo"] = " ".join(number_words(int(digit), phrases.language) for digit in str(labels["tempo"]))
+    return said
+
+
+def written_question(kind: str, labels: Mapping[str, Any], name: str) -> tuple[str, str]:
+    """A question in writing about what a clip holds, and its answer; in which words and language its `name` decides.
+
+    Every other one is in English. `kind` is that of what is asked: instrument, mode, direction, notes, tempo or sound.
+    """
+    draw = Draw(f"written/{kind}/{name}")
+    phrases = load_phrases(draw.choose(DIALOG_LANGUAGES) if draw.below(2) else "en")
+    template = draw.choose(phrases.templates((kind,), "train"))
+    return phrases.questions[template], _put(phrases.answers[kind], said_of(labels, phrases))
 
 
 _HEARD = {"instrument": INSTRUMENTS, "mode": MODES, "direction": DIRECTIONS}
@@ -452,9 +470,8 @@ _HEARD = {"instrument": INSTRUMENTS, "mode": MODES, "direction": DIRECTIONS}
 def sound(phrases: Phrases, split: Split, draw: Draw) -> Facts:
     """What made a noise."""
     kind = draw.choose(list(phrases.labels["sound"]))
-    return Facts(
-        {"sound": phrases.labels["sound"][kind]}, Clip("sound", labels={"sound": kind}, take=draw.below(TAKES))
-    )
+    labels = {"sound": kind}
+    return Facts(said_of(labels, phrases), Clip("sound", labels=labels, take=draw.below(TAKES)))
 
 
 def unknown(phrases: Phrases, split: Split, draw: Draw) -> Facts:

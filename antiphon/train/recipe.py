@@ -84,7 +84,7 @@ class Data:
 NO_OPTIMIZATION = Optimization(1, 1.0)  # of a tokenizer, which has no weights
 
 
-WITHOUT_WEIGHTS = ("tokenizer", "label", "export")  # stages that train none
+WITHOUT_WEIGHTS = ("tokenizer", "label", "echo", "export")  # stages that train none
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from antiphon.errors import ConfigError
 from antiphon.files import write_text
 from antiphon.train.corpus import Set, read_corpus, read_sets
 from antiphon.train.data import read_examples
+from antiphon.train.echo import echo
 from antiphon.train.export import export
 from antiphon.train.keep import put_back
 from antiphon.train.label import label
@@ -106,11 +107,13 @@ def train_recipe(
     elif recipe.stage == "label":
         kept, found = label(setting, quiet=quiet)
         say.print(f"{recipe.name}: kept {kept:,} of {found:,} transcripts")
+    elif recipe.stage == "echo":
+        say.print(f"{recipe.name}: {echo(setting, quiet=quiet):,} recordings as the codec gives them back")
     elif recipe.stage in STAGES:
         torch.set_num_threads(recipe.threads)
         train(STAGES[recipe.stage](setting), recipe, folder, quiet=quiet)
     else:
-        known = ", ".join(("tokenizer", "label", *STAGES, "export"))
+        known = ", ".join(("tokenizer", "label", "echo", *STAGES, "export"))
         raise ConfigError(f"{recipe.name}: stage is {recipe.stage!r}; expected one of {known}")
     return folder
 

@@ -24,12 +24,14 @@ from antiphon.chat import TurnWriter, tool_results_text
 from antiphon.errors import InputError
 from antiphon.tokenizer import Tokenizer
 from antiphon.train.data import Example, Mel, load_samples, resample
+from antiphon.train.dialog import KINDS, written_question
 from antiphon.train.world import LANGUAGES
 from antiphon.transcripts import PROMPTS
 
 Message = Mapping[str, Any]
 WHICH_LANGUAGE = "Which language is this?"
 DESCRIBE = "What do you hear?"
+ABOUT = (*KINDS["music"], *KINDS["sound"])  # tasks: what is asked in writing about a clip
 BLANKS = 12  # at most, after each token of what is heard, in the slowest speech: a second of it gives 13 rows
 TWICE = 0.3  # of the tokens are in two rows
 
@@ -44,7 +46,7 @@ class Talk:
     places: list[int]  # of each clip's first id
     user: list[bool]  # per id: of a user's turn, so part of the Talker's prompt
     sound: list[bool]  # per id: a place for a row of the encoder's
-    texts: list[list[int]]  # ids of what is said in each clip; none where it is not speech
+    texts: list[list[int]]  # ids of what is said in each clip, or of what AuT writes for music and sounds
     replies: list[Reply]
 
     def before(self, start: int) -> Talk:
@@ -86,11 +88,24 @@ def messages_of(example: Example) -> list[Message]:
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
 
 
+def _about(kind: str) -> Callable[[Example], tuple[str, str]]:
+    """What is asked in writing about a clip of music or of a sound, by what its labels say."""
+
+    def ask(example: Example) -> tuple[str, str]:
+        labels = example.cut.supervisions[0].custom or {}
+        if kind not in labels:
+            raise InputError(f"cut {example.cut.id} does not say its {kind}; its task cannot be {kind}")
+        return written_question(kind, labels, example.cut.id)
+
+    return ask
+
+
 QUESTIONS: dict[str, Callable[[Example], tuple[str, str]]] = {
     "transcribe": lambda e: (PROMPTS.get(e.language or "", PROMPTS[""]), e.text),
     "heard": lambda e: (PROMPTS.get(e.language or "", PROMPTS[""]), e.text),
     "language": lambda e: (WHICH_LANGUAGE, LANGUAGES[e.language or "en"].name),
     "describe": lambda e: (DESCRIBE, e.text),
+    **{kind: _about(kind) for kind in ABOUT},
 }
 
 
@@ -134,7 +149,7 @@ def lay_out(
                 writer.text(tool_results_text([part["text"]]) if role == "tool" else part["text"])
                 continue
             spoken = example.cut.supervisions[part["supervision"]]
-            text = tokenizer.encode(spoken.text) if spoken.language else []
+            text = tokenizer.encode(spoken.text)
             add(writer.open_audio(), user=user)
             if example.task == "heard":
                 add(with_blanks(text, tokenizer.config.audio_token_id, spoken.id), user=user)
