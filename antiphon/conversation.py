@@ -46,6 +46,15 @@ class Answer:
     spoken_to_the_end: bool = False
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """A stretch of what was said to the model, as the Thinker reads it at once."""
+
+    x: Tensor  # [T, U] its input
+    ids: list[int]  # of its T positions
+    mine: list[int]  # which of them are the user's: the Talker reads these along
+
+
 class Ear:
     """A clip that is being heard: resampler, log-mel and AuT, each with its state."""
 
@@ -287,28 +296,41 @@ class Conversation:
 
     def _read(self) -> None:
         """The Thinker reads what is pending, and the Talker what of it is the user's."""
-        if not self._ids:
-            return
-        ids, user, audio = self._ids, self._user, self._audio
-        self.thinker.reserve(self.thinker.filled + len(ids))  # refuse before anything is changed
-        if self.model.speech is not None:
-            self.talker.reserve(self.talker.filled + sum(user))
-        self._ids, self._user, self._audio = [], [], []
-        place = torch.tensor(ids, device=self.model.device)
-        users = torch.tensor(user, device=self.model.device)
-        x = self.model.embed_prompt(place, torch.cat(audio) if audio else None, users)
-        for start in range(0, len(ids), PREFILL):
-            hidden, accept = self.model.thinker(x[None, start : start + PREFILL], self.thinker)
+        for chunk in self.lay_out():
+            hidden, accept = self.model.thinker(chunk.x[None], self.thinker)
             self.hidden = hidden[:, -1].clone()  # not a view, which would keep all positions in memory
             self.note("thinker_hidden", accept[0])
-            mine = [i for i in range(start, min(start + PREFILL, len(ids))) if user[i]]
-            if mine and self.model.speech is not None:
-                y = self.model.embed_rows(user_rows([ids[i] for i in mine]), accept[0, [i - start for i in mine]])
+            if chunk.mine and self.model.speech is not None:
+                y = self.follow(chunk, accept[0, chunk.mine])
                 self.note("talker_inputs", y[0])
                 self.model.speech.talker(y, self.talker)
-                self.user_length += len(mine)
+                self.user_length += len(chunk.mine)
+
+    def lay_out(self, size: int = PREFILL) -> list[Chunk]:
+        """What is pending, for the Thinker to read in this order, `size` positions at once; it counts as read.
+
+        Raises:
+            CapacityError: it does not fit; nothing is changed then.
+        """
+        ids, user, audio = self._ids, self._user, self._audio
+        if not ids:
+            return []
+        self.thinker.reserve(self.thinker.filled + len(ids))
+        if self.model.speech is not None:
+            self.talker.reserve(self.user_length + sum(user))
+        self._ids, self._user, self._audio = [], [], []
+        place = torch.tensor(ids, device=self.model.device)
+        x = self.model.embed_prompt(
+            place, torch.cat(audio) if audio else None, torch.tensor(user, device=self.model.device)
+        )
         self.ids += ids
         self.note("prompt_ids", place)
+        parts = [slice(start, start + size) for start in range(0, len(ids), size)]
+        return [Chunk(x[part], ids[part], [i for i, mine in enumerate(user[part]) if mine]) for part in parts]
+
+    def follow(self, chunk: Chunk, accept: Tensor) -> Tensor:
+        """The Talker's input [1, n, W] of what is the user's in a chunk; `accept` [n, U] are these positions' states."""
+        return self.model.embed_rows(user_rows([chunk.ids[i] for i in chunk.mine]), accept)
 
     # ------------------------------------------------------------------------------------ being cut off
 

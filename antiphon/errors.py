@@ -23,3 +23,17 @@ class InputError(AntiphonError):
 
 class CapacityError(AntiphonError):
     """A conversation that has outgrown its cache or the model's context."""
+
+
+class BusyError(AntiphonError):
+    """One conversation more than the machine keeps in time.
+
+    `retry_after` is the number of seconds after which it is worth asking again.
+    """
+
+    def __init__(self, capacity: int, retry_after: float) -> None:
+        super().__init__(
+            f"{capacity} conversations are being held, as many as this machine keeps in time; "
+            f"try again in {retry_after:.0f} seconds"
+        )
+        self.retry_after = retry_after

@@ -119,15 +119,26 @@ class Session(Conversation):
         """
         self._settled()
         self.clock.begin()
-        options = _options(options, changes)
-        speaker = self._speaker(options)
+        options, speaker = self.how_to_answer(options, changes)
         self._end_clip()  # AuT has a lane of its own, so what is left of a clip is heard before the prompt is read
         with self.clock("prefill"):
             self.commit()
-        if not self.ids:
-            raise InputError("there is nothing to answer; append audio, text or a message first")
         self.generation += 1
         return self._respond(options, speaker, self.generation, self.clock)
+
+    def how_to_answer(
+        self, options: Options | None, changes: Mapping[str, Any]
+    ) -> tuple[Options, int | Tensor | None]:
+        """How to answer, and what goes into the speaker slot.
+
+        Raises:
+            InputError: unknown option or voice, no Talker, or nothing was said.
+        """
+        chosen = _options(options, dict(changes))
+        speaker = self._speaker(chosen)
+        if not self.ids and not self._ids:
+            raise InputError("there is nothing to answer; append audio, text or a message first")
+        return chosen, speaker
 
     def _speaker(self, options: Options) -> int | Tensor | None:
         """What goes into the speaker slot: a control id or a vector; None for no speech."""
@@ -147,14 +158,10 @@ class Session(Conversation):
         self._settled()
         self._end_clip()
         with clock("prefill"):
-            self.commit()  # what was said since `respond` was called belongs to the question
-            self._add(self.writer.open_reply(), user=False)
+            self.open_reply()  # what was said since `respond` was called belongs to the question
             self._read()
-        self.turn += 1
-        self._answering = True
-        thought = Thought(self, options, clock, generation)
-        self.answer = Answer(len(self.ids), thought.ids)
-        speech = Utterance(self, options, clock, speaker)
+        thought, speech = self.begin_answer(options, speaker, generation, clock)
+        assert self.answer is not None
         try:
             words = thought if options.verbatim else spoken(thought, self.model.tokenizer)
             frames = speech.frames(words) if speaker is not None else iter(())
@@ -167,10 +174,25 @@ class Session(Conversation):
                 yield from thought.deltas()
             yield from thought.deltas()
         finally:
-            self._close_answer(thought, speech)
-        yield Done(_reply(self.model, thought, speech, clock))
+            self.close_answer(thought, speech)
+        yield Done(reply_of(self.model, thought, speech, clock))
 
-    def _close_answer(self, thought: Thought, speech: Utterance) -> None:
+    def open_reply(self) -> None:
+        """End the user's turn and open the assistant's; what is to be read for it is pending."""
+        self.commit()
+        self._add(self.writer.open_reply(), user=False)
+
+    def begin_answer(
+        self, options: Options, speaker: int | Tensor | None, generation: int, clock: Phases
+    ) -> tuple[Thought, Utterance]:
+        """The answer to what was read, before its first token and its first frame."""
+        self.turn += 1
+        self._answering = True
+        thought = Thought(self, options, clock, generation)
+        self.answer = Answer(len(self.ids), thought.ids)
+        return thought, Utterance(self, options, clock, speaker)
+
+    def close_answer(self, thought: Thought, speech: Utterance) -> None:
         """Close the assistant's turn and cut the Talker back to the user's: answers are not in its prompt."""
         assert self.answer is not None
         self._answering = False
@@ -212,7 +234,7 @@ class Session(Conversation):
             self.talker.truncate(self.user_length)
         thought = Thought(self, options, clock, self.generation)
         thought.ids, thought.finish = said, "stop"
-        yield Done(_reply(self.model, thought, speech, clock))
+        yield Done(reply_of(self.model, thought, speech, clock))
 
 
 class Thought(Iterator[int]):
@@ -234,12 +256,22 @@ class Thought(Iterator[int]):
         self._think = bound(session.model.thinker)
 
     def __next__(self) -> int:
-        if self.finish is None and self.session.generation != self._generation:
-            self.finish = "cancelled"
-        if self.finish is not None:
+        if self.is_over():
             raise StopIteration
         with self.clock("thinker"):
             token = self._draw()
+        if not self.take(token):
+            raise StopIteration
+        return token
+
+    def is_over(self) -> bool:
+        """Whether no more tokens are to be made."""
+        if self.finish is None and self.session.generation != self._generation:
+            self.finish = "cancelled"
+        return self.finish is not None
+
+    def take(self, token: int) -> bool:
+        """The next token; whether the Talker may have it."""
         if token == self.session.model.config.im_end_token_id:
             return self._end("stop")
         self.ids.append(token)
@@ -247,27 +279,29 @@ class Thought(Iterator[int]):
         self.clock.mark("first_text")
         if len(self.ids) == self.options.max_text_tokens:
             return self._end("length")
-        return token
+        return True
 
     def _draw(self) -> int:
         session, model = self.session, self.session.model
-        if self._fed < len(self.ids):
-            x = model.thinker.embed(torch.tensor([self.ids[self._fed :]], device=model.device))
+        if unread := self.read():
+            x = model.thinker.embed(torch.tensor([unread], device=model.device))
             session.hidden = self._think(x, session.thinker)[0][:, -1]
-            session.ids += self.ids[self._fed :]
-            self._fed = len(self.ids)
         assert session.hidden is not None
         logits = model.thinker.logits(session.hidden)
         session.note("thinker_logits", logits)
-        key = NoiseKey(self.options.seed, session.turn, len(self.ids), THINKER_CODEBOOK)
-        token = choose(logits, self.options.text, key)
+        token = choose(logits, self.options.text, self.key)
         session.note("text_ids", token)
         return int(token)
 
-    def _end(self, finish: str) -> int:
+    @property
+    def key(self) -> NoiseKey:
+        """Of the next draw."""
+        return NoiseKey(self.options.seed, self.session.turn, len(self.ids), THINKER_CODEBOOK)
+
+    def _end(self, finish: str) -> bool:
         self.finish = finish
         self._say(self._decoder.flush())
-        raise StopIteration
+        return False
 
     def _say(self, text: str) -> None:
         if text:
@@ -277,6 +311,21 @@ class Thought(Iterator[int]):
     def unread(self) -> list[int]:
         """Tokens said that the Thinker's cache does not hold yet."""
         return self.ids[self._fed :]
+
+    def read(self) -> list[int]:
+        """As `unread`, and they count as read from now on."""
+        unread = self.unread()
+        self.session.ids += unread
+        self._fed = len(self.ids)
+        return unread
+
+    def cut(self, count: int) -> None:
+        """Take back what was made after `count` tokens, out of the Thinker's cache too."""
+        session, start = self.session, len(self.session.ids) - self._fed
+        del self.ids[count:], session.ids[start + count :]
+        session.thinker.truncate(start + count)
+        self._fed, self._decoder = min(self._fed, count), StreamDecoder(session.model.tokenizer)
+        self.text = "".join(map(self._decoder.push, self.ids))
 
     def deltas(self) -> Iterator[TextDelta]:
         """Text made since the last call."""
@@ -292,6 +341,7 @@ class Utterance:
         self.cloned = speaker[None] if isinstance(speaker, Tensor) else None  # [1, W]
         self.speaker = CLONED if isinstance(speaker, Tensor) else speaker
         self.sample_rate = session.model.config.code2wav.sample_rate if session.model.config.code2wav else 0
+        self.seen = torch.zeros(1, 0, dtype=torch.bool)  # [1, V] codes of codebook 0 that were drawn
         self.words: list[int] = []  # the Talker was given
         self.codes: list[Tensor] = []  # [Q] per frame
         self.sound: list[Samples] = []
@@ -306,11 +356,9 @@ class Utterance:
             self.finish = "stop"
             return
         device, generation = session.model.device, session.generation
-        session.code2wav.reset()
         suppress = speech.talker.suppressed(device)
-        seen = torch.zeros(1, speech.talker.config.text.vocab_size, dtype=torch.bool, device=device)
-        rows = opening_rows(config, speech.talker.config, session.newline, self.speaker, first)
-        x = session.model.embed_rows(rows, voices=None if self.cloned is None else self.cloned.to(device))
+        x = self.open(first)
+        seen = self.seen
         session.note("talker_inputs", x[0])
         trailing = trailing_text(config, words)
         talk, predict, decode = bound(speech.talker), speech.mtp.bind_predict(), bound(speech.code2wav)
@@ -321,7 +369,7 @@ class Utterance:
             with self.clock("talker"):
                 hidden = talk(x, session.talker)[:, -1]
                 logits = speech.talker.codec_head(hidden)
-                code = choose(logits, self.options.speech, self._key(frame, 0), seen, suppress)
+                code = choose(logits, self.options.speech, self.key(frame, 0), seen, suppress)
             if int(code) == speech.talker.config.codec_eos_token_id:
                 self.finish = "stop"
                 return
@@ -335,22 +383,37 @@ class Utterance:
                 wave = decode(codes[:, None], session.code2wav)[0]
             session.note("codes", codes)
             session.note("waveform", wave)
-            self.codes.append(codes[0].cpu())
-            self.sound.append(wave.float().cpu().numpy())
-            yield self.sound[-1]
+            yield self.add(codes[0], wave)
             if frame + 1 < self.options.max_frames:
                 text = session.model.thinker.embed(torch.tensor([next(trailing)], device=device))
                 x = (first_part + rest + speech.talker.text_projection(text))[:, None]
         self.finish = "length"
 
-    def _key(self, frame: int, codebook: int) -> NoiseKey:
+    def open(self, first: int) -> Tensor:
+        """The Talker's input [1, T, W] that opens the answer whose first word is `first`; Code2Wav begins anew."""
+        session, talker = self.session, self.session.model.speaking().talker
+        session.code2wav.reset()
+        self.seen = torch.zeros(1, talker.config.text.vocab_size, dtype=torch.bool, device=session.model.device)
+        assert self.speaker is not None
+        rows = opening_rows(session.model.config, talker.config, session.newline, self.speaker, first)
+        cloned = None if self.cloned is None else self.cloned.to(session.model.device)
+        return session.model.embed_rows(rows, voices=cloned)
+
+    def add(self, codes: Tensor, wave: Tensor) -> Samples:
+        """One more frame: codes [Q] and its sound [1920], which is returned as samples."""
+        self.codes.append(codes.cpu())
+        self.sound.append(wave.float().cpu().numpy())
+        return self.sound[-1]
+
+    def key(self, frame: int, codebook: int) -> NoiseKey:
+        """Of the draw of a code."""
         return NoiseKey(self.options.seed, self.session.turn, frame, codebook)
 
     def _draw(self, frame: int) -> Callable[[Tensor, int], Tensor]:
-        return lambda logits, codebook: choose(logits, self.options.residual, self._key(frame, codebook))
+        return lambda logits, codebook: choose(logits, self.options.residual, self.key(frame, codebook))
 
 
-def _reply(model: Boxes, thought: Thought, speech: Utterance, clock: Phases) -> Reply:
+def reply_of(model: Boxes, thought: Thought, speech: Utterance, clock: Phases) -> Reply:
     quantizers = model.config.code2wav.num_quantizers if model.config.code2wav else 0
     codes = torch.stack(speech.codes) if speech.codes else torch.zeros(0, quantizers, dtype=torch.long)
     audio = np.concatenate(speech.sound) if speech.sound else np.zeros(0, np.float32)

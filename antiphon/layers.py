@@ -18,7 +18,17 @@ from torch import Tensor, nn
 
 from antiphon.binding import Bound, Part, bound
 from antiphon.config import DecoderConfig
-from antiphon.streaming import CACHE_BLOCK, FrameCache, KVCache, PlacedSpan, Span, WindowCache, open_span
+from antiphon.streaming import (
+    CACHE_BLOCK,
+    FrameCache,
+    JoinedCaches,
+    JoinedSpan,
+    KVCache,
+    PlacedSpan,
+    Span,
+    WindowCache,
+    open_span,
+)
 
 COPIED_AT_MOST = 1 << 17  # numbers in matrices of experts that are copied together rather than used in turn
 
@@ -159,6 +169,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return y.reshape(batch, heads, steps, dim).transpose(1, 2).reshape(batch * steps, heads * dim)
 
 
+def attend_over(span: Span | JoinedSpan, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of the span's steps, q, k and v [B, T, H, D], over them and their past in `layer` -> [B * T, H * D]."""
+    if not isinstance(span, JoinedSpan):
+        return attend(q, *span.store(layer, k, v), span.mask)
+    parts = [
+        attend(q[:, start:stop], *own.store(layer, k[:, start:stop], v[:, start:stop]), own.mask)
+        for own, (start, stop) in zip(span.spans, span.places, strict=True)
+    ]
+    if span.padding:
+        parts.append(q.new_zeros(span.padding, parts[0].shape[1]))
+    return torch.cat(parts)
+
+
 class Attention(Part):
     """Causal attention with rotary positions, grouped key heads and, where the box has them, per-head norms."""
 
@@ -179,10 +202,10 @@ class Attention(Part):
         project, output, norm = bound(self.qkv_proj), bound(self.o_proj), self._bind_norms()
         heads, dim, kinds, turning = self.heads + 2 * self.kv_heads, self.head_dim, self.kinds, self.turning
 
-        def run(x: Tensor, turn: Turn, span: Span, layer: int, residual: Tensor | None = None) -> Tensor:
+        def run(x: Tensor, turn: Turn, span: Span | JoinedSpan, layer: int, residual: Tensor | None = None) -> Tensor:
             qk, v = project(x).view(-1, span.steps, heads, dim).split_with_sizes(turning, 2)  # [B, T, H + K or K, D]
             q, k = rotate(norm(qk), *turn).split_with_sizes(kinds, 2)
-            return output(attend(q, *span.store(layer, k, v), span.mask), residual)
+            return output(attend_over(span, layer, q, k, v), residual)
 
         return run
 
@@ -194,7 +217,7 @@ class Attention(Part):
         unit, weight = unit_rms(q, self.q_norm.eps), torch.cat([q.expand(self.heads, -1), k.expand(self.kv_heads, -1)])
         return lambda qk: unit(qk) * weight
 
-    def forward(self, x: Tensor, turn: Turn, span: Span, layer: int, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, turn: Turn, span: Span | JoinedSpan, layer: int, residual: Tensor | None = None) -> Tensor:
         """x [N, W] -> [N, W], N = B * T steps of the span; `turn` is what `rotary` gave for them."""
         return self.bind()(x, turn, span, layer, residual)
 
@@ -343,13 +366,13 @@ class DecoderLayer(Part):
         before, after = bound(self.input_layernorm), bound(self.post_attention_layernorm)
         attention, mlp = bound(self.self_attn), bound(self.mlp)
 
-        def run(x: Tensor, turn: Turn, span: Span, layer: int) -> Tensor:
+        def run(x: Tensor, turn: Turn, span: Span | JoinedSpan, layer: int) -> Tensor:
             x = attention(before(x), turn, span, layer, x)
             return mlp(after(x), x)
 
         return run
 
-    def forward(self, x: Tensor, turn: Turn, span: Span, layer: int) -> Tensor:
+    def forward(self, x: Tensor, turn: Turn, span: Span | JoinedSpan, layer: int) -> Tensor:
         """[N, W] -> [N, W]."""
         return self.bind()(x, turn, span, layer)
 
@@ -357,7 +380,7 @@ class DecoderLayer(Part):
 def run_layers(
     layers: Iterable[Bound],
     x: Tensor,
-    cache: KVCache | WindowCache | FrameCache | None,
+    cache: KVCache | WindowCache | FrameCache | JoinedCaches | None,
     head_dim: int,
     theta: float,
     *,
@@ -383,14 +406,18 @@ def run_layers(
 
 
 def span_rotary(
-    span: Span, batch: int, positions: Tensor | None, head_dim: int, theta: float, dtype: torch.dtype
+    span: Span | JoinedSpan, batch: int, positions: Tensor | None, head_dim: int, theta: float, dtype: torch.dtype
 ) -> Turn:
     """`rotary` [B or 1, T, 1, D] of the span's steps, or of `positions` [B, T], for a batch of sequences."""
-    if positions is not None or not isinstance(span, PlacedSpan):
-        return rotary(span.positions if positions is None else positions, head_dim, theta, dtype)
-    stop = span.start + span.steps
-    tables = _rotary_tables(-(-stop // CACHE_BLOCK) * CACHE_BLOCK, head_dim, theta, dtype, span.device)
-    return tables[0][span.start : stop], tables[1][span.start : stop]
+    if positions is None and isinstance(span, PlacedSpan):
+        stop = span.start + span.steps
+        tables = _rotary_tables(-(-stop // CACHE_BLOCK) * CACHE_BLOCK, head_dim, theta, dtype, span.device)
+        return tables[0][span.start : stop], tables[1][span.start : stop]
+    if positions is None and isinstance(span, JoinedSpan):
+        own = [span_rotary(part, 1, None, head_dim, theta, dtype) for part in span.spans]
+        cos, sin = (torch.cat([turn.view(-1, 1, head_dim) for turn in turns]) for turns in zip(*own, strict=True))
+        return F.pad(cos, (0, 0, 0, 0, 0, span.padding)), F.pad(sin, (0, 0, 0, 0, 0, span.padding))
+    return rotary(span.positions if positions is None else positions, head_dim, theta, dtype)
 
 
 @lru_cache(maxsize=16)
@@ -418,7 +445,7 @@ class Decoder(Part):
     def forward(
         self,
         x: Tensor,
-        state: KVCache | FrameCache | None = None,
+        state: KVCache | FrameCache | JoinedCaches | None = None,
         positions: Tensor | None = None,
         tap: int | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -434,7 +461,7 @@ class Decoder(Part):
         layers: Iterable[Bound],
         norm: Bound,
         x: Tensor,
-        state: KVCache | FrameCache | None = None,
+        state: KVCache | FrameCache | JoinedCaches | None = None,
         positions: Tensor | None = None,
         tap: int | None = None,
     ) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import repeat
+from itertools import accumulate, repeat
 from typing import Any, Protocol, Self
 
 import torch
@@ -82,6 +82,21 @@ class State:
     def view(self, start: int, stop: int) -> Self:
         """Rows `start` to `stop`, sharing memory: stepping the view steps those rows of this state."""
         return self._map(lambda tensor, dim: tensor.narrow(dim, start, stop - start))
+
+    def join(self, others: Sequence[Self]) -> Self:
+        """Copies of the rows of this state and of `others`, one after another, as one state; for fixed sizes only."""
+        every = [list(state._tensors()) for state in (self, *others)]
+        joined = iter([torch.cat([t for _, _, t in same], same[0][1]) for same in zip(*every, strict=True)])
+        return self._map(lambda tensor, dim: next(joined))
+
+    def part(self, states: Sequence[Self]) -> None:
+        """Give each of `states` its rows of this one, which `join` made of them; further rows are left over."""
+        every = [list(state._tensors()) for state in states]
+        for (_, dim, whole), *own in zip(self._tensors(), *every, strict=True):
+            start = 0
+            for _, _, tensor in own:
+                tensor.copy_(whole.narrow(dim, start, tensor.shape[dim]))
+                start += tensor.shape[dim]
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over saved tensors, in place.
@@ -184,7 +199,9 @@ class PlacedSpan(Slots):
         self.cache.advance(self.steps)
 
 
-def open_span(cache: KVCache | WindowCache | FrameCache | None, x: Tensor, window: int | None = None) -> Span:
+def open_span(
+    cache: KVCache | WindowCache | FrameCache | JoinedCaches | None, x: Tensor, window: int | None = None
+) -> Span | JoinedSpan:
     """The span of x [B, T, …] after what `cache` holds."""
     return WholeSpan.of(x.shape[1], window, x.device) if cache is None else cache.span(x.shape[1])
 
@@ -302,6 +319,41 @@ class _CacheSpan:
 
     def close(self) -> None:
         self.cache.advance(self.steps)
+
+
+class JoinedCaches:
+    """Caches of one row each whose sequences run together, laid end to end: `steps` of each, in order.
+
+    Matrix products are over the steps of all, `padded` in number, of which the last belong to nobody; each sequence
+    attends over its own cache, so it does not matter who its neighbours are nor how long they have been there.
+    """
+
+    def __init__(self, caches: Sequence[KVCache], steps: Sequence[int], padded: int) -> None:
+        self.caches, self.steps, self.padded = caches, steps, padded
+
+    def span(self, steps: int) -> JoinedSpan:
+        """The next `steps` steps: those of all caches, and what pads them."""
+        return JoinedSpan([cache.span(own) for cache, own in zip(self.caches, self.steps, strict=True)], steps)
+
+
+class JoinedSpan:
+    """Spans of several sequences, laid end to end and padded."""
+
+    def __init__(self, spans: Sequence[Span], steps: int) -> None:
+        self.spans, self.steps = spans, steps
+        ends = list(accumulate(span.steps for span in spans))
+        self.places = [(end - span.steps, end) for span, end in zip(spans, ends, strict=True)]
+        self.padding = steps - (ends[-1] if ends else 0)
+
+    @property
+    def positions(self) -> Tensor:
+        """[1, T]; 0 where nobody is."""
+        return F.pad(torch.cat([span.positions for span in self.spans], 1), (0, self.padding))
+
+    def close(self) -> None:
+        """The steps of all are past."""
+        for span in self.spans:
+            span.close()
 
 
 @dataclass
@@ -460,12 +512,10 @@ def bind_convolution(conv: nn.Conv1d) -> Bound:
     bias = None if conv.bias is None else conv.bias.view(groups, -1, 1)
 
     def run(x: Tensor) -> Tensor:
-        batch, _, steps = x.shape
         if x.numel() * kernel > WINDOWED_AT_MOST:
             return conv(x)
-        count = (steps - (kernel - 1) * dilation - 1) // stride + 1
-        x = windows(x, kernel, dilation, stride, count).reshape(batch * groups, -1, count)
-        return multiply(weight, bias, x).view(batch, -1, count)
+        count = (x.shape[2] - (kernel - 1) * dilation - 1) // stride + 1
+        return multiply(weight, bias, windows(x, kernel, dilation, stride, count))
 
     return run
 
@@ -474,15 +524,18 @@ def windows(x: Tensor, kernel: int, dilation: int, stride: int, count: int) -> T
     """The steps of x [B, C, T] that each of `count` windows sees [B, C, kernel, count], sharing memory."""
     rows, columns, step = x.stride()
     shape, strides = (*x.shape[:2], kernel, count), (rows, columns, dilation * step, stride * step)
-    return x.as_strided(shape, strides) if kernel > 1 or stride > 1 else x
+    return x.as_strided(shape, strides) if kernel > 1 or stride > 1 else x[:, :, None]
 
 
 def multiply(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """Products [B * G, O, T] of weight [G, O, I] and x [B * G, I, T], plus bias [G, O, 1]."""
-    batch = len(x) // len(weight)
-    if batch > 1:
-        weight, bias = weight.repeat(batch, 1, 1), None if bias is None else bias.repeat(batch, 1, 1)
-    return torch.bmm(weight, x) if bias is None else torch.baddbmm(bias, weight, x)
+    """weight [G, O, I] times the windows x [B, C, kernel, T], plus bias [G, O, 1]: [B, G * O, T].
+
+    The steps of all rows are columns of one product, so the weight is read once.
+    """
+    batch, count = len(x), x.shape[3]
+    columns = x.permute(1, 2, 0, 3).reshape(len(weight), -1, batch * count)
+    y = torch.bmm(weight, columns) if bias is None else torch.baddbmm(bias, weight, columns)
+    return y.view(-1, batch, count).transpose(0, 1)
 
 
 class CausalTransposedConv1d(Part):
@@ -540,8 +593,8 @@ def bind_transposed(conv: nn.ConvTranspose1d, context: int) -> Bound:
         batch, count = len(x), x.shape[-1] - context
         if x.numel() * taps > WINDOWED_AT_MOST:
             return whole(x)
-        y = multiply(weight, bias, windows(x, taps, 1, 1, count).reshape(batch, -1, count))
-        return y.view(batch, outputs, stride, count).transpose(2, 3).reshape(batch, outputs, -1)
+        y = multiply(weight, bias, windows(x, taps, 1, 1, count))
+        return y.reshape(batch, outputs, stride, count).transpose(2, 3).reshape(batch, outputs, -1)
 
     return run
 

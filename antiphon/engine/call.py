@@ -1,0 +1,301 @@
+"""One conversation of the engine: what its owner asks for, in order, and what comes back.
+
+A call is the session of the readable loop whose reading is left to the engine: the same turns, caches and cuts, in
+the same words. Its owner may be any thread; what it asks for waits in `wishes` until the call is not answering, and is
+then done by the Thinker's lane. Only `cancel` and `close` do not wait.
+
+Shapes: T positions, U the Thinker's width, W the Talker's.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from antiphon.config import OmniConfig
+from antiphon.conversation import Chunk
+from antiphon.errors import InputError
+from antiphon.generate import AudioDelta, Done, Event, Options, Reply, Session, Thought, Utterance, collect
+from antiphon.spoken import Spoken
+
+CHUNK = 128  # positions of a prompt that are read at once: the Talker follows the Thinker one chunk behind
+KEPT_FRAMES = 64  # of sound that nobody has taken yet; then the answer waits for its listener
+
+
+class EngineSession(Session):
+    """A session that leaves what is pending to the engine."""
+
+    def _read(self) -> None:
+        """Nothing: the lanes read it, together with what is pending elsewhere."""
+
+    def read_now(self) -> None:
+        """What is pending, in this thread: for a session that no lane knows yet."""
+        self._grad_free(super()._read)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The conversation has come to its end by an error; the others go on."""
+
+    error: Exception
+
+
+@dataclass(frozen=True)
+class Wish:
+    """Something that an owner asked for."""
+
+    what: Callable[[], Any]
+    settled: bool  # only when nothing of the call is with the lanes
+    done: Future[Any] = field(default_factory=Future)
+
+
+class Answering:
+    """The events of one answer, for one reader; iterate over it, or `collect` it."""
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._events = queue.SimpleQueue[Event | Failed]()
+        self._wake = wake
+        self.asked_at = 0.0  # on the engine's clock
+        self.cancelled = False  # before it began
+        self.kept = 0  # frames of sound that have not been taken
+
+    def put(self, event: Event | Failed) -> None:
+        """One more event."""
+        self.kept += isinstance(event, AudioDelta)
+        self._events.put(event)
+
+    def take(self, timeout: float | None = None) -> Event | Failed:
+        """The next event.
+
+        Raises:
+            queue.Empty: none came in `timeout` seconds.
+        """
+        event = self._events.get(timeout=timeout)
+        if isinstance(event, AudioDelta):
+            self.kept -= 1
+            if self.kept == KEPT_FRAMES - 1:
+                self._wake()
+        return event
+
+    def __iter__(self) -> Iterator[Event]:
+        while True:
+            event = self.take()
+            if isinstance(event, Failed):
+                raise event.error
+            yield event
+            if isinstance(event, Done):
+                return
+
+    def reply(self) -> Reply:
+        """The whole answer."""
+        return collect(self)
+
+
+@dataclass(eq=False)
+class Turn:
+    """An answer that is being given."""
+
+    events: Answering
+    speech: Utterance
+    thought: Thought | None  # none where the text comes from elsewhere
+    words: list[int] = field(default_factory=list)  # that the Talker may have
+    made: list[int] = field(default_factory=list)  # for each, the answer's tokens by then
+    complete: bool = False  # no more words come
+    spoken: bool = False  # no more frames come
+    ahead: float | None = None  # seconds that sound may be ahead of who listens to it; None is any
+    generation: int = 0  # of the session: with another, the answer is cancelled
+    first_at: float | None = None  # on the engine's clock, of the first frame
+    residue: Tensor | None = None  # [W] codec channel of the next frame: the codes of the last one
+    filter: Spoken | None = None
+
+    @property
+    def frames(self) -> int:
+        """Made so far."""
+        return len(self.speech.codes)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether both its text and its sound have come to an end."""
+        return self.spoken and (self.thought is None or self.thought.finish is not None)
+
+    def due(self, seconds: float) -> float:
+        """When the next frame, each of `seconds`, has to be there, for a listener who began with the first."""
+        return self.events.asked_at if self.first_at is None else self.first_at + self.frames * seconds
+
+    def has_word(self) -> bool:
+        """Whether the next frame's word is known."""
+        return self.complete or len(self.words) > self.frames
+
+    def take(self, token: int) -> None:
+        """The next token of the answer's text: events, and the words that are certain now."""
+        assert self.thought is not None
+        if self.thought.take(token):
+            self.say([token] if self.filter is None else self.filter.push(token))
+        if self.thought.finish is not None:
+            self.end_text()
+        for delta in self.thought.deltas():
+            self.events.put(delta)
+
+    def say(self, words: list[int]) -> None:
+        """More words for the Talker."""
+        made = 0 if self.thought is None else len(self.thought.ids)
+        self.made += [made] * len(words)
+        self.words += words
+
+    def end_text(self) -> None:
+        """No more words come."""
+        if not self.complete:
+            self.say([] if self.filter is None else self.filter.flush())
+            self.complete = True
+
+    def next_input(self, config: OmniConfig) -> int:
+        """The token on the text channel of the next frame, after the first."""
+        place = self.frames - len(self.words)
+        return self.words[place] if place < 0 else config.tts_pad_token_id if place else config.tts_eos_token_id
+
+    def tokens_by(self, frame: int) -> int:
+        """Tokens of the answer that the readable loop would have made when `frame` comes."""
+        total = 0 if self.thought is None else len(self.thought.ids)
+        return self.made[frame] if frame < len(self.made) else total
+
+
+class Call:
+    """A conversation of an engine; made by `Engine.open`.
+
+    What is asked for is done in order and gives a Future: its `result` raises what the same method of `Session` does.
+    """
+
+    def __init__(
+        self, session: EngineSession, name: str, wake: Callable[[], None], now: Callable[[], float]
+    ) -> None:
+        self.session, self.name = session, name
+        self._wake, self._now = wake, now
+        self.wishes = deque[Wish]()
+        self._asked: list[Answering] = []  # answers that were asked for and have not begun
+        self.reading: deque[Chunk] = deque()  # for the Thinker, which has not come to it
+        self.following: deque[tuple[Chunk, Tensor]] = deque()  # for the Talker, with the accept layer's states [n, U]
+        self.turn: Turn | None = None
+        self.error: Exception | None = None
+        self.closed = False
+
+    # ------------------------------------------------------------------------------------- its owner's
+
+    def append_text(self, text: str) -> Future[None]:
+        """As `Session.append_text`."""
+        return self._wish(lambda: self.session.append_text(text))
+
+    def append_audio(self, samples: Any, rate: int = 16000) -> Future[None]:
+        """As `Session.append_audio`: windows that close are read while the user goes on speaking."""
+        return self._wish(lambda: self.session.append_audio(samples, rate))
+
+    def append_clip(self, samples: Any, rate: int) -> Future[None]:
+        """As `Session.append_clip`."""
+        return self._wish(lambda: self.session.append_clip(samples, rate))
+
+    def append_message(self, message: Mapping[str, Any]) -> Future[None]:
+        """As `Session.append_message`."""
+        return self._wish(lambda: self.session.append_message(message))
+
+    def commit(self) -> Future[None]:
+        """As `Session.commit`."""
+        return self._wish(self.session.commit)
+
+    def respond(self, options: Options | None = None, *, ahead: float | None = None, **changes: Any) -> Answering:
+        """Answer what was said: the events of `Session.respond`; errors come with them.
+
+        `ahead`: seconds that sound may be ahead of a listener who takes it in real time; an answer that has reached
+        them yields to those that have not. None is as fast as it goes, after all others.
+        """
+        events = Answering(self._wake)
+        events.asked_at = self._now()
+        self._asked.append(events)
+        self._wish(lambda: self._begin(events, options, ahead, changes)).add_done_callback(lambda d: _tell(events, d))
+        return events
+
+    def truncate(self, ms: float) -> Future[str]:
+        """As `Session.truncate`."""
+        return self._wish(lambda: self.session.truncate(ms), settled=True)
+
+    def save(self, path: str | Path) -> Future[None]:
+        """As `Session.save`; once all that was said has been read."""
+        return self._wish(lambda: self.session.save(path), settled=True)
+
+    def copy(self) -> Future[EngineSession]:
+        """A fork of the session, for `Engine.adopt`."""
+        return self._wish(self.session.copy, settled=True)
+
+    def cancel(self) -> None:
+        """Stop the answer that is being given or was asked for, within a frame; it ends with finish = "cancelled"."""
+        for events in self._asked:
+            events.cancelled = True
+        self.session.cancel()
+        self._wake()
+
+    def close(self) -> None:
+        """Leave the engine: an answer that is being given is cancelled."""
+        self.closed = True
+        self.cancel()
+
+    # ------------------------------------------------------------------------------------- the lanes'
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing of it is left to do."""
+        return self.turn is None and not (self.wishes or self.reading or self.following)
+
+    def next_wish(self) -> Wish | None:
+        """What is to be done now: one after another, none while an answer is given, some only when all is read."""
+        if not self.wishes or self.turn is not None:
+            return None
+        if self.wishes[0].settled and (self.reading or self.following):
+            return None
+        return self.wishes.popleft()
+
+    def fail(self, error: Exception) -> None:
+        """End by an error: whoever waits for something is told."""
+        self.error = error
+        if self.turn is not None:
+            self.turn.events.put(Failed(error))
+            self.turn = None
+        while self.wishes:
+            self.wishes.popleft().done.set_exception(error)
+        self.reading.clear()
+        self.following.clear()
+
+    def _wish(self, what: Callable[[], Any], settled: bool = False) -> Future[Any]:
+        wish = Wish(what, settled)
+        if self.closed or self.error is not None:
+            wish.done.set_exception(self.error or InputError("this conversation has left the engine; open another"))
+        else:
+            self.wishes.append(wish)
+            self._wake()
+        return wish.done
+
+    def _begin(
+        self, events: Answering, options: Options | None, ahead: float | None, changes: Mapping[str, Any]
+    ) -> None:
+        session = self.session
+        self._asked.remove(events)
+        options, speaker = session.how_to_answer(options, changes)
+        session.open_reply()
+        self.reading += session.lay_out(CHUNK)
+        session.generation += 1
+        thought, speech = session.begin_answer(options, speaker, session.generation, session.clock)
+        words = None if options.verbatim else Spoken(session.model.tokenizer)
+        self.turn = Turn(events, speech, thought, ahead=ahead, spoken=speaker is None, filter=words)
+        self.turn.generation = session.generation
+        if events.cancelled:
+            session.cancel()
+
+
+def _tell(events: Answering, done: Future[Any]) -> None:
+    error = done.exception()
+    if isinstance(error, Exception):
+        events.put(Failed(error))

@@ -1,0 +1,169 @@
+"""Many conversations at once over one set of boxes.
+
+    engine = Engine(load("antiphon/tiny")).start()
+    call = engine.open("You are brief.")
+    call.append_audio(samples, 24000)            # as it arrives; windows that close are read at once
+    for event in call.respond(ahead=2.0):        # the events of the readable loop, from the first frame on
+        ...
+
+A conversation gives what `generate.py` gives, whoever its neighbours are: the same turns and caches, stepped together.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from antiphon.engine.call import Call, EngineSession
+from antiphon.engine.lanes import Lane, Speaking, Thinking, Work
+from antiphon.errors import BusyError
+from antiphon.generate import Omni
+
+KEPT_WORK = 100_000  # batches in the timeline
+PREFIXES = 16  # system turns whose caches are kept
+RETRY = 5.0  # seconds after which one who was refused may ask again: about an answer's length
+IDLE = 0.5  # seconds until a lane looks again if nobody wakes it
+
+
+class Engine:
+    """The lanes, the calls and who may come in.
+
+    Args:
+        model: the boxes.
+        capacity: conversations at most; None is without limit (`measure` finds what the machine keeps in time).
+        clock: seconds, for tests with another time.
+    """
+
+    def __init__(
+        self, model: Omni, capacity: int | None = None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.model, self.capacity, self.now = model, capacity, clock
+        self.calls: list[Call] = []
+        self.work = deque[Work](maxlen=KEPT_WORK)
+        self.lanes: list[Lane] = [Thinking(self)] + ([Speaking(self)] if model.speech is not None else [])
+        self._prefixes = OrderedDict[Any, EngineSession]()
+        self._opened = 0
+        self._changed = threading.Condition()
+        self._ticket = 0  # changes with every reason to look for work
+        self._threads: list[threading.Thread] = []
+        self._running = False
+
+    # ------------------------------------------------------------------------------------- conversations
+
+    def open(
+        self, system: str | None = None, tools: Sequence[Mapping[str, Any]] = (), window: int | None = None
+    ) -> Call:
+        """A new conversation.
+
+        Raises:
+            BusyError: there are as many as the machine keeps in time.
+            InputError: a window or tools of another form.
+        """
+        return self.adopt(self._begun(system, tools, window))
+
+    def adopt(self, session: EngineSession) -> Call:
+        """A conversation that goes on: a fork of another (`Call.copy`), or one that `load` read.
+
+        Raises:
+            BusyError: there are as many as the machine keeps in time.
+        """
+        with self._changed:
+            if self.capacity is not None and len(self.calls) >= self.capacity:
+                raise BusyError(self.capacity, RETRY)
+            self._opened += 1
+            call = Call(session, f"call {self._opened}", self.wake, self.now)
+            self.calls = [*self.calls, call]
+        return call
+
+    def load(self, path: str | Path) -> Call:
+        """A conversation that `Call.save` or `Session.save` wrote.
+
+        Raises:
+            BusyError, WeightsError: no room, or no saved session of this model.
+        """
+        return self.adopt(EngineSession.load(self.model, path))
+
+    def _begun(self, system: str | None, tools: Sequence[Mapping[str, Any]], window: int | None) -> EngineSession:
+        """A session whose system turn has been read: a copy of the first that began so."""
+        if system is None and not tools:
+            return EngineSession(self.model, window=window)
+        key = (system, json.dumps(list(tools), sort_keys=True, default=repr), window)
+        with self._changed:
+            known = self._prefixes.get(key)
+        if known is None:
+            known = EngineSession(self.model, system, tools, window)
+            known.read_now()
+        with self._changed:
+            self._prefixes[key] = known
+            self._prefixes.move_to_end(key)
+            while len(self._prefixes) > PREFIXES:
+                self._prefixes.popitem(last=False)
+        return known.copy()
+
+    # ------------------------------------------------------------------------------------- its life
+
+    def start(self) -> Engine:
+        """Step the lanes, each in a thread of its own."""
+        self._running = True
+        for lane in self.lanes:
+            thread = threading.Thread(target=self._serve, args=(lane,), name=f"antiphon-{lane.name}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Cancel every answer, let the lanes come to an end and wait for them."""
+        for call in self.calls:
+            call.close()
+        self._running = False
+        self.wake()
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+
+    def __enter__(self) -> Engine:
+        return self.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    @torch.inference_mode()
+    def run(self, until: Callable[[], bool] | None = None) -> None:
+        """Step the lanes in turn, in this thread, until there is nothing to do or `until` is true."""
+        while not (until and until()) and any([lane.step() for lane in self.lanes]):
+            self._sweep()
+        self._sweep()
+
+    @torch.inference_mode()
+    def _serve(self, lane: Lane) -> None:
+        while self._running:
+            with self._changed:
+                ticket = self._ticket
+            if not lane.step():
+                self._sweep()
+                with self._changed:
+                    self._changed.wait_for(lambda: self._ticket != ticket or not self._running, IDLE)
+
+    def wake(self) -> None:
+        """There may be work."""
+        with self._changed:
+            self._ticket += 1
+            self._changed.notify_all()
+
+    def noted(self, work: Work) -> None:
+        """A batch was run."""
+        self.work.append(work)
+
+    def _sweep(self) -> None:
+        """Let go of calls that have ended."""
+        gone = [call for call in self.calls if call.error is not None or (call.closed and call.settled)]
+        if gone:
+            with self._changed:
+                self.calls = [call for call in self.calls if call not in gone]

@@ -1,0 +1,374 @@
+"""The engine's two lanes: one listens, reads and thinks, the other speaks; each steps all conversations at once.
+
+    Thinking   wishes -> AuT ; chunks and tokens of all calls -> Thinker -> next tokens -> words
+                                   | accept layer's states
+    Speaking   chunks of all calls -> Talker ; one frame of every call that is due -> Talker, MTP, Code2Wav -> sound
+
+A lane is a function of the calls: `step` picks what is most urgent, runs it as one batch, and says whether there was
+anything. Two threads step them without end, so the Talker reads a chunk while the Thinker is at the next; a test steps
+them in turn. What a batch cannot do, because one call in it raises, is undone and done call by call: the one fails,
+the others do not notice.
+
+Shapes: B calls of a batch, T positions of all of them, U the Thinker's width, W the Talker's, V ids, Q codebooks.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from antiphon.binding import bound
+from antiphon.engine.call import CHUNK, KEPT_FRAMES, Call, Turn
+from antiphon.generate import AudioDelta, Done, reply_of
+from antiphon.model import Boxes
+from antiphon.sampling import NoiseKey, Sampling, choose
+from antiphon.streaming import FrameCache, JoinedCaches, KVCache
+
+BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # rows of a matrix product
+WORDS_AHEAD = 8  # of the frame that is made next: further on an answer's text can wait
+POSITIONS = 256  # of prompts that are read in one step, beside the tokens of answers
+
+
+class Work(NamedTuple):
+    """One batch, for the timeline: seconds on the engine's clock."""
+
+    lane: str
+    name: str
+    start: float
+    stop: float
+    calls: tuple[str, ...]
+
+
+class House(Protocol):
+    """What the lanes share: the boxes, the calls, the clock, and what was done."""
+
+    model: Boxes
+    calls: list[Call]
+
+    def now(self) -> float:
+        """Seconds."""
+        ...
+
+    def noted(self, work: Work) -> None:
+        """A batch was run."""
+        ...
+
+    def wake(self) -> None:
+        """There may be work for the other lane."""
+        ...
+
+
+class Lane:
+    """What both lanes are."""
+
+    name = ""
+
+    def __init__(self, house: House) -> None:
+        self.house, self.model = house, house.model
+
+    @contextmanager
+    def noting(self, name: str, calls: Iterable[Call]) -> Iterator[None]:
+        """Note a batch in the timeline."""
+        start = self.house.now()
+        yield
+        self.house.noted(Work(self.name, name, start, self.house.now(), tuple(call.name for call in calls)))
+
+    def together(self, name: str, calls: Sequence[Call], run: Callable[[Sequence[Call]], None]) -> bool:
+        """Run a batch; call by call if it raises, so that only whose fault it is fails. True if there was one."""
+        if not calls:
+            return False
+        with self.noting(name, calls):
+            caches = [cache for call in calls for cache in self.caches(call)]
+            lengths = [cache.filled for cache in caches]
+            try:
+                run(calls)
+            except Exception as error:
+                for cache, length in zip(caches, lengths, strict=True):
+                    cache.truncate(length)
+                if len(calls) == 1:
+                    calls[0].fail(error)
+                for call in calls if len(calls) > 1 else ():
+                    self.together(name, [call], run)
+        self.house.wake()
+        return True
+
+    def caches(self, call: Call) -> list[KVCache]:
+        """Of a call, those that this lane writes."""
+        raise NotImplementedError
+
+    @property
+    def seconds(self) -> float:
+        """Of a frame."""
+        code2wav = self.model.config.code2wav
+        return code2wav.frame_ms / 1000 if code2wav else 0.0
+
+    def urgency(self, call: Call) -> tuple[int, float]:
+        """What comes first: answers that somebody listens to, by when their next frame is due, others, and prompts."""
+        turn = call.turn
+        return (2, 0.0) if turn is None else (int(turn.ahead is None), turn.due(self.seconds))
+
+
+class Thinking(Lane):
+    """AuT and the Thinker."""
+
+    name = "thinking"
+
+    def __init__(self, house: House) -> None:
+        super().__init__(house)
+        self.think = bound(house.model.thinker)
+
+    def caches(self, call: Call) -> list[KVCache]:
+        """The Thinker's."""
+        return [call.session.thinker]
+
+    def step(self) -> bool:
+        """One wish of every call, then one batch of the Thinker's."""
+        wished = [self.do(call) for call in list(self.house.calls)]
+        closed = [self.close(call) for call in list(self.house.calls)]
+        reads = self.batch()
+        self.together("thinker", [call for call in reads if len(reads[call])], lambda some: self.read(some, reads))
+        self.together("draw", [call for call in reads if self.is_drawing(call)], self.draw)
+        return bool(reads) or any(wished) or any(closed)
+
+    def do(self, call: Call) -> bool:
+        """What a call's owner asked for next."""
+        wish = call.next_wish()
+        if wish is None:
+            return False
+        with self.noting("wish", [call]):
+            try:
+                made = wish.what()
+                call.reading += call.session.lay_out(CHUNK)
+            except Exception as error:
+                wish.done.set_exception(error)
+            else:
+                wish.done.set_result(made)
+        return True
+
+    def batch(self) -> dict[Call, Tensor]:
+        """What the Thinker reads next [T, U]: of every answer what it said last, and prompts as far as there is room.
+
+        What an answer's next frame waits for comes first, then prompts; an answer that has words enough yields.
+        """
+        reads, room = dict[Call, Tensor](), POSITIONS
+        for call in sorted(self.house.calls, key=self.urgency):
+            if call.reading:
+                x = call.reading[0].x
+                if len(x) <= room or not reads:
+                    room, reads[call] = room - len(x), x
+            elif (turn := call.turn) and (thought := turn.thought):
+                if thought.is_over():
+                    turn.end_text()
+                elif turn.spoken or len(turn.words) - turn.frames < WORDS_AHEAD:
+                    ids = torch.tensor(thought.unread(), dtype=torch.long, device=self.model.device)
+                    reads[call] = self.model.thinker.embed(ids)
+        return reads
+
+    def read(self, calls: Sequence[Call], reads: Mapping[Call, Tensor]) -> None:
+        """The Thinker's step over what `calls` read; what of it is the users' is handed to the Talker."""
+        steps = [len(reads[call]) for call in calls]
+        x, padded = padded_rows(torch.cat([reads[call] for call in calls]))
+        hidden, accept = self.think(x[None], JoinedCaches([call.session.thinker for call in calls], steps, padded))
+        parts = (whole[0, : sum(steps)].split(steps) for whole in (hidden, accept))
+        for call, states, tapped in zip(calls, *parts, strict=True):
+            call.session.hidden = states[-1:].clone()
+            if call.reading:
+                chunk = call.reading.popleft()
+                if chunk.mine and self.model.speech is not None:
+                    call.following.append((chunk, tapped[chunk.mine]))
+            elif call.turn and call.turn.thought:
+                call.turn.thought.read()
+
+    def is_drawing(self, call: Call) -> bool:
+        """Whether a call's answer has been read up to its next token."""
+        turn = call.turn
+        return bool(turn and turn.thought and not call.reading and not turn.thought.is_over())
+
+    def draw(self, calls: Sequence[Call]) -> None:
+        """The next token of every answer."""
+        states = torch.cat([call.session.hidden for call in calls if call.session.hidden is not None])
+        logits = self.model.thinker.logits(padded_rows(states)[0])[: len(calls)]
+        turns = [(turn, turn.thought) for call in calls if (turn := call.turn) and turn.thought]
+        tokens = choose_each(logits, [t.options.text for _, t in turns], [t.key for _, t in turns])
+        for (turn, _), token in zip(turns, tokens.tolist(), strict=True):
+            turn.take(token)
+
+    def close(self, call: Call) -> bool:
+        """End a turn that is over: the caches are cut back, and its owner has the reply."""
+        turn = call.turn
+        if turn is None or not turn.is_over or call.following:
+            return False
+        session, thought = call.session, turn.thought
+        if thought is not None:
+            if turn.speech.finish == "cancelled":  # history holds no more than the readable loop would have made
+                thought.cut(turn.tokens_by(turn.frames - 1) if turn.frames else 0)
+            session.close_answer(thought, turn.speech)
+            call.turn = None
+            turn.events.put(Done(reply_of(self.model, thought, turn.speech, thought.clock)))
+        return True
+
+
+class Speaking(Lane):
+    """Talker, MTP and Code2Wav."""
+
+    name = "speaking"
+
+    def __init__(self, house: House) -> None:
+        super().__init__(house)
+        self.speech = speech = house.model.speaking()
+        self.talk, self.predict, self.decode = bound(speech.talker), speech.mtp.bind_predict(), bound(speech.code2wav)
+        self.suppress = speech.talker.suppressed(house.model.device)
+        self.scratch = dict[int, FrameCache]()  # of MTP, by rows
+
+    def caches(self, call: Call) -> list[KVCache]:
+        """The Talker's."""
+        return [call.session.talker]
+
+    def step(self) -> bool:
+        """What the Talker has to read along, then one frame of every answer that is due."""
+        reading = [call for call in self.house.calls if call.following]
+        read = self.together("talker", reading, self.follow)
+        return self.together("frame", self.speaking(), self.frames) or read
+
+    def follow(self, calls: Sequence[Call]) -> None:
+        """The Talker reads what is the users' of a chunk of each call."""
+        xs = [call.session.follow(*call.following[0])[0] for call in calls]
+        x, padded = padded_rows(torch.cat(xs))
+        self.talk(x[None], JoinedCaches([call.session.talker for call in calls], [len(x) for x in xs], padded))
+        for call in calls:
+            call.session.user_length += len(call.following.popleft()[0].mine)
+
+    def speaking(self) -> list[Call]:
+        """Calls whose next frame can be made and is wanted, the one that is due first first."""
+        wanted = []
+        for call in self.house.calls:
+            turn = call.turn
+            if turn is None or turn.spoken or call.reading or call.following:
+                continue
+            waits = not turn.has_word() or turn.events.kept >= KEPT_FRAMES or self.is_ahead(turn)
+            if not waits or call.session.generation != turn.generation:
+                wanted.append(call)
+        return sorted(wanted, key=self.urgency)[: BUCKETS[-1]]
+
+    def is_ahead(self, turn: Turn) -> bool:
+        """Whether a listener has enough to hear."""
+        return turn.ahead is not None and turn.due(self.seconds) > self.house.now() + turn.ahead
+
+    def frames(self, calls: Sequence[Call]) -> None:
+        """One frame of each call."""
+        turns = [turn for call in calls if (turn := call.turn) and not self.ends(call, turn)]
+        calls = [call for call in calls if call.turn in turns]
+        if not turns:
+            return
+        hidden, code = self.first_codes(calls, turns)
+        stop = self.speech.talker.config.codec_eos_token_id
+        for turn, one in zip(turns, code.tolist(), strict=True):
+            if one == stop:
+                turn.speech.finish, turn.spoken = "stop", True
+        going = [i for i, turn in enumerate(turns) if not turn.spoken]
+        if going:
+            self.sound([calls[i] for i in going], [turns[i] for i in going], hidden[going], code[going])
+
+    def ends(self, call: Call, turn: Turn) -> bool:
+        """Whether an answer's sound is over before its next frame."""
+        speech = turn.speech
+        if turn.complete and not turn.words:
+            speech.finish = "stop"
+        elif turn.frames >= speech.options.max_frames:
+            speech.finish = "length"
+        elif call.session.generation != turn.generation:
+            speech.finish = "cancelled"
+        turn.spoken = speech.finish is not None
+        return turn.spoken
+
+    def first_codes(self, calls: Sequence[Call], turns: Sequence[Turn]) -> tuple[Tensor, Tensor]:
+        """The Talker's states [B, W] and codes [B] of codebook 0."""
+        xs = self.inputs(turns)
+        steps = [len(x) for x in xs]
+        x, padded = padded_rows(torch.cat(xs))
+        states = self.talk(x[None], JoinedCaches([call.session.talker for call in calls], steps, padded))[0]
+        hidden = states[torch.tensor(steps, device=x.device).cumsum(0) - 1]
+        logits = self.speech.talker.codec_head(padded_rows(hidden)[0])[: len(turns)]
+        speeches = [turn.speech for turn in turns]
+        seen = torch.cat([speech.seen for speech in speeches])
+        keys = [speech.key(turn.frames, 0) for speech, turn in zip(speeches, turns, strict=True)]
+        return hidden, choose_each(logits, [speech.options.speech for speech in speeches], keys, seen, self.suppress)
+
+    def inputs(self, turns: Sequence[Turn]) -> list[Tensor]:
+        """The Talker's input [T, W] of each answer's next frame: its opening, or its last codes and next word."""
+        words = [turn.next_input(self.model.config) for turn in turns if turn.residue is not None]
+        text = padded_rows(torch.tensor(words, dtype=torch.long, device=self.model.device))[0]
+        rows = iter(self.speech.talker.text_projection(self.model.thinker.embed(text)) if words else ())
+        for turn in turns:
+            turn.speech.words[:] = turn.words[: turn.frames + 1]
+        return [
+            turn.speech.open(turn.words[0])[0] if turn.residue is None else (turn.residue + next(rows))[None]
+            for turn in turns
+        ]
+
+    def sound(self, calls: Sequence[Call], turns: Sequence[Turn], hidden: Tensor, code: Tensor) -> None:
+        """The other codes and the samples of a frame whose codes [B] of codebook 0 the states [B, W] gave."""
+        speeches, rows = [turn.speech for turn in turns], bucket(len(turns))
+        if rows not in self.scratch:
+            self.scratch[rows] = self.speech.mtp.init_state(rows, self.model.device, self.model.dtype)
+        hidden, code = F.pad(hidden, (0, 0, 0, rows - len(turns))), F.pad(code, (0, rows - len(turns)))
+        first = self.speech.talker.model.codec_embedding(code)
+        residual = [speech.options.residual for speech in speeches]
+
+        def draw(logits: Tensor, codebook: int) -> Tensor:
+            keys = [speech.key(turn.frames, codebook) for speech, turn in zip(speeches, turns, strict=True)]
+            return F.pad(choose_each(logits[: len(turns)], residual, keys), (0, rows - len(turns)))
+
+        codes, rest = self.predict(hidden, first, draw, self.scratch[rows])
+        codes, residue = torch.cat([code[:, None], codes], 1), first + rest
+        own = [call.session.code2wav for call in calls]
+        state = own[0].join(own[1:] + own[:1] * (rows - len(own)))
+        wave = self.decode(codes[:, None], state)
+        state.part(own)
+        wave, now = wave.float().cpu(), self.house.now()
+        for i, (call, turn) in enumerate(zip(calls, turns, strict=True)):
+            turn.first_at = now if turn.first_at is None else turn.first_at
+            turn.residue, turn.speech.seen[0, code[i]] = residue[i], True
+            samples = turn.speech.add(codes[i], wave[i].clone())
+            if call.session.answer is not None:
+                call.session.answer.frames.append(turn.tokens_by(turn.frames - 1))
+            turn.events.put(AudioDelta(samples, turn.frames - 1, turn.speech.sample_rate))
+
+
+def bucket(rows: int) -> int:
+    """Rows that a batch of `rows` is padded to: a row gives the same bits in any company of one bucket."""
+    place = bisect.bisect_left(BUCKETS, rows)
+    return BUCKETS[place] if place < len(BUCKETS) else -(-rows // BUCKETS[-1]) * BUCKETS[-1]
+
+
+def padded_rows(x: Tensor) -> tuple[Tensor, int]:
+    """x [n, …] with zeros to the bucket of its rows, and their number."""
+    rows = bucket(len(x))
+    return F.pad(x, (0, 0) * (x.dim() - 1) + (0, rows - len(x))), rows
+
+
+def choose_each(
+    logits: Tensor,
+    samplings: Sequence[Sampling],
+    keys: Sequence[NoiseKey],
+    seen: Tensor | None = None,
+    suppress: Tensor | None = None,
+) -> Tensor:
+    """Ids [B] of scores [B, V], each row drawn in its own way; rows of one way together."""
+    chosen = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    for way in dict.fromkeys(samplings):
+        rows = [i for i, own in enumerate(samplings) if own == way]
+        whole = len(rows) == len(samplings)
+        key = NoiseKey(*(torch.tensor([keys[i][part] for i in rows]) for part in range(3)), keys[rows[0]].codebook)
+        scores, before = (logits, seen) if whole else (logits[rows], None if seen is None else seen[rows])
+        drawn = choose(scores, way, key, before, suppress)
+        if whole:
+            return drawn
+        chosen[rows] = drawn
+    return chosen

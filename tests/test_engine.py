@@ -1,0 +1,443 @@
+"""The engine gives every conversation what the readable loop gives it alone, and one that fails takes none along."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from antiphon.audio import Samples
+from antiphon.engine import Answering, Call, Engine
+from antiphon.engine.call import CHUNK, KEPT_FRAMES, EngineSession
+from antiphon.engine.lanes import Speaking, Thinking
+from antiphon.errors import BusyError, InputError
+from antiphon.generate import AudioDelta, Reply, Session, collect
+from antiphon.sampling import GREEDY, Sampling
+from tests.models import CPU, omni
+
+RATE = 16000
+FRAMES = 14
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"text": Sampling(1.0), "speech": Sampling(1.2, 20, 0.9, 1.1)},
+    {"speech": GREEDY, "residual": GREEDY},
+    {"residual": Sampling(0.7, 5)},
+    {"verbatim": True, "voice": "chelsie"},
+]
+
+
+def model():
+    return omni()
+
+
+def clip(seed: int, seconds: float) -> Samples:
+    return (0.2 * np.random.default_rng(seed).standard_normal(round(seconds * RATE))).astype(np.float32)
+
+
+def options(seed: int) -> dict[str, Any]:
+    return {"seed": seed, "max_frames": FRAMES, "max_text_tokens": 10, **WAYS[seed % len(WAYS)]}
+
+
+def same(one: Reply, other: Reply) -> None:
+    """The same ids and codes, and samples within 1e-5 of the largest."""
+    assert one.text_ids == other.text_ids
+    assert torch.equal(one.codes, other.codes)
+    assert one.spoken_ids == other.spoken_ids
+    assert (one.finish, one.text) == (other.finish, other.text)
+    np.testing.assert_allclose(other.audio, one.audio, atol=1e-5 * max(1e-9, np.abs(one.audio).max(initial=0)))
+
+
+def say(conversation: Session | Call, seed: int) -> None:
+    """A question in pieces, as it would arrive."""
+    sound = clip(seed, 0.4 + 0.55 * (seed % 5))
+    for start in range(0, len(sound), 3000):
+        conversation.append_audio(sound[start : start + 3000], RATE)
+    if seed % 3 == 0:
+        conversation.append_text(f" question {seed}")
+
+
+def alone(seed: int, turns: int = 1) -> list[Reply]:
+    session, replies = model().session(window=1), []
+    for turn in range(turns):
+        say(session, seed + turn)
+        replies.append(collect(session.respond(**options(seed + turn))))
+    return replies
+
+
+def test_a_batch_gives_what_each_gets_alone():
+    engine = Engine(model())
+    calls = [engine.open(window=1) for _ in range(6)]
+    for turn in range(2):
+        answers = []
+        for seed, call in enumerate(calls):
+            say(call, seed + turn)
+            answers.append(call.respond(**options(seed + turn)))
+        engine.run()
+        for seed, events in enumerate(answers):
+            same(alone(seed, turn + 1)[turn], events.reply())
+    assert any(len(work.calls) > 3 for work in engine.work if work.name == "frame"), "nothing ran together"
+
+
+def test_threads_give_the_same():
+    with Engine(model()) as engine:
+        calls = [engine.open(window=1) for _ in range(5)]
+        for seed, call in enumerate(calls):
+            say(call, seed)
+        answers = [call.respond(**options(seed)) for seed, call in enumerate(calls)]
+        for seed, events in enumerate(answers):
+            same(alone(seed)[0], events.reply())
+
+
+class Script:
+    """A conversation that acts at random, told to the engine and to the readable loop alike."""
+
+    def __init__(self, engine: Engine, seed: int) -> None:
+        self.engine, self.random = engine, np.random.default_rng(seed)
+        self.call, self.session = engine.open(window=1), Session(model(), window=1)
+        self.seed = seed * 100
+        self.events: Answering | None = None
+        self.stop_after: int | None = None
+
+    def begin(self) -> None:
+        """Ask something; some answers are to be interrupted."""
+        self.seed += 1
+        say(self.call, self.seed)
+        say(self.session, self.seed)
+        self.events = self.call.respond(**options(self.seed))
+        self.stop_after = int(self.random.integers(FRAMES)) if self.random.random() < 0.4 else None
+
+    def watch(self) -> None:
+        """Interrupt when it is time, between two steps of the engine."""
+        turn = self.call.turn
+        if turn is not None and self.stop_after is not None and turn.frames >= self.stop_after:
+            self.call.cancel()
+            self.stop_after = -1
+
+    def end(self, folder) -> None:
+        """Compare, then cut the answer, save it, resume it or fork it."""
+        assert self.events is not None
+        reply, said = self.events.reply(), self.session.respond(**options(self.seed))
+        heard = [event for event in said if self._go_on(event, len(reply.codes) if reply.finish == "cancelled" else -1)]
+        same(heard[-1].reply, reply)
+        self.events = None
+        if len(reply.codes) and self.random.random() < 0.6:
+            ms = float(self.random.integers(len(reply.codes) + 1)) * 80
+            cut = self.call.truncate(ms)
+            self.engine.run(cut.done)
+            assert cut.result() == self.session.truncate(ms)
+        if self.random.random() < 0.3:
+            path = folder / f"{self.seed}.safetensors"
+            saved = self.call.save(path)
+            self.engine.run(saved.done)
+            saved.result()
+            self.call.close()
+            self.call = self.engine.load(path)
+        elif self.random.random() < 0.3:
+            forked = self.call.copy()
+            self.engine.run(forked.done)
+            self.call.close()
+            self.call = self.engine.adopt(forked.result())
+
+    def _go_on(self, event: Any, frames: int) -> bool:
+        if isinstance(event, AudioDelta) and event.frame + 1 == frames:
+            self.session.cancel()
+        elif frames == 0:
+            self.session.cancel()
+        return True
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long)])
+def test_conversations_join_leave_interrupt_and_resume_at_random(seed, tmp_path):
+    engine, random = Engine(model()), np.random.default_rng(seed)
+    scripts: list[Script] = []
+    turns = 0
+    while turns < 30:
+        while len(scripts) < 12 and random.random() < 0.7:
+            scripts.append(Script(engine, seed * 1000 + len(scripts) + turns))
+        for script in scripts:
+            if script.events is None and random.random() < 0.5:
+                script.begin()
+
+        def watch() -> bool:
+            for script in scripts:
+                script.watch()
+            return False
+
+        engine.run(watch)
+        for script in [s for s in scripts if s.events is not None]:
+            script.end(tmp_path)
+            turns += 1
+            if random.random() < 0.2:
+                script.call.close()
+                scripts.remove(script)
+        engine.run()
+        assert {call.name for call in engine.calls} == {script.call.name for script in scripts}
+
+
+def test_company_of_one_bucket_changes_no_bit():
+    """Five to six rows are one bucket: who the others are changes nothing at all."""
+
+    def reply(others: list[int]) -> Reply:
+        engine = Engine(model())
+        asked = []
+        for seed in [0, *others]:
+            call = engine.open(window=1)
+            call.append_text(f"question {seed}")
+            asked.append(call.respond(seed=seed, max_frames=FRAMES, max_text_tokens=30, speech=WAYS[1]["speech"]))
+        engine.run()
+        return asked[0].reply()
+
+    first, second = reply([1, 2, 3, 4, 5]), reply([9, 8, 7, 6, 5])
+    assert first.text_ids == second.text_ids
+    count = min(len(first.codes), len(second.codes))
+    assert torch.equal(first.codes[:count], second.codes[:count])
+
+
+@pytest.mark.parametrize("place", ["thinker", "draw", "follow", "frames", "wish"])
+def test_one_that_raises_ends_alone(monkeypatch, place):
+    engine = Engine(model())
+    calls = [engine.open(window=1) for _ in range(4)]
+    bad = calls[2]
+    lane, name = {
+        "thinker": (Thinking, "read"),
+        "draw": (Thinking, "draw"),
+        "follow": (Speaking, "follow"),
+        "frames": (Speaking, "sound"),
+        "wish": (EngineSession, "append_text"),
+    }[place]
+    run = getattr(lane, name)
+
+    def failing(self: Any, some: Any, *rest: Any) -> Any:
+        hit = self is bad.session if place == "wish" else bad in some
+        if hit and (place == "wish" or bad.session.turn or place in ("thinker", "follow")):
+            raise RuntimeError("broken on purpose")
+        return run(self, some, *rest)
+
+    monkeypatch.setattr(lane, name, failing)
+    for seed, call in enumerate(calls):
+        say(call, 3 * seed)
+    answers = [call.respond(**options(3 * seed)) for seed, call in enumerate(calls)]
+    engine.run()
+    monkeypatch.undo()
+    for seed, events in enumerate(answers):
+        if calls[seed] is not bad:
+            same(alone(3 * seed)[0], events.reply())
+    if place == "wish":  # a wish that cannot be met is its owner's to hear of; the conversation goes on
+        assert answers[2].reply().finish
+    else:
+        with pytest.raises(RuntimeError, match="broken on purpose"):
+            answers[2].reply()
+        assert bad not in engine.calls
+        with pytest.raises(RuntimeError, match="broken on purpose"):
+            bad.append_text("more").result()
+
+
+def test_wrong_input_is_told_to_who_gave_it_and_the_conversation_goes_on():
+    engine = Engine(model())
+    call = engine.open()
+    wrong = call.append_audio(np.array([np.nan], np.float32), RATE)
+    unknown = call.respond(voice="nobody")
+    call.append_text("hello")
+    answer = call.respond(max_frames=2, max_text_tokens=3)
+    engine.run()
+    with pytest.raises(Exception, match="finite"):
+        wrong.result()
+    with pytest.raises(InputError, match="no voice 'nobody'"):
+        unknown.reply()
+    assert len(answer.reply().codes) == 2
+
+
+# ------------------------------------------------------------------------------------------ time and room
+
+
+class Clock:
+    """Time that a test sets."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
+def test_the_talker_reads_a_chunk_while_the_thinker_is_at_the_next():
+    """Two workers on a clock on which every batch takes a second."""
+    clock = Clock()
+    engine = Engine(model(), clock=clock)
+    call = engine.open()
+    call.append_text("word " * 400)
+    events = call.respond(max_frames=2, max_text_tokens=3)
+    with torch.inference_mode():
+        for second in range(40):
+            clock.time = float(second)
+            done = len(engine.work)
+            for lane in reversed(engine.lanes):  # at the same time: the Talker sees what was there when it began
+                lane.step()
+            for i in range(done, len(engine.work)):
+                engine.work[i] = engine.work[i]._replace(start=second, stop=second + 1)
+    thought = [work for work in engine.work if work.name == "thinker"]
+    read = [work for work in engine.work if work.name == "talker"]
+    chunks = len(read)
+    assert chunks > 2 >= 1 and CHUNK < 400
+    for k in range(chunks - 1):
+        assert read[k].start < thought[k + 1].stop, f"the Talker waits for chunk {k + 1} before it reads chunk {k}"
+        assert read[k].start >= thought[k].stop, "nobody reads what has not been thought"
+    assert len(events.reply().codes) == 2
+
+
+def test_lanes_in_threads_do_overlap():
+    big = omni({"thinker_config.text_config.num_hidden_layers": 8, "talker_config.text_config.num_hidden_layers": 8})
+    with Engine(big) as engine:
+        call = engine.open()
+        call.append_text("word " * 350)
+        call.respond(max_frames=1, max_text_tokens=2).reply()
+        thought = [work for work in engine.work if work.name == "thinker"]
+        read = [work for work in engine.work if work.name == "talker"]
+    assert any(t.start < r.stop and r.start < t.stop for t in thought for r in read)
+
+
+def test_the_first_packet_leaves_after_the_first_frame_and_one_follows_every_step():
+    engine = Engine(model())
+    call = engine.open()
+    call.append_text("hello")
+    events = call.respond(max_frames=6, max_text_tokens=20)
+    arrived = list[int]()
+
+    def watch() -> bool:
+        arrived.append(events.kept)
+        return False
+
+    engine.run(watch)
+    frames = [kept for kept in arrived if kept]
+    assert frames[:6] == [1, 2, 3, 4, 5, 6], "packets wait for others"
+
+
+def test_a_listener_who_does_not_read_is_waited_for_and_nobody_else_is():
+    engine = Engine(model())
+    slow, quick = engine.open(), engine.open()
+    for call in (slow, quick):
+        call.append_text("hello")
+    kept = slow.respond(seed=1, max_frames=KEPT_FRAMES + 20, max_text_tokens=400, verbatim=True, speech=Sampling(1.0))
+    other = quick.respond(seed=2, max_frames=8, max_text_tokens=20)
+    engine.run()
+    assert other.reply().finish
+    if slow.turn is not None:
+        assert slow.turn.frames == KEPT_FRAMES
+        for _ in range(30):
+            kept.take()
+        engine.run()
+        assert slow.turn is None or slow.turn.frames > KEPT_FRAMES
+
+
+def test_an_answer_that_is_ahead_of_its_listener_yields():
+    clock = Clock()
+    engine = Engine(model(), clock=clock)
+    call = engine.open()
+    call.append_text("hello")
+    events = call.respond(seed=4, max_frames=40, max_text_tokens=400, verbatim=True, ahead=0.4)
+    engine.run()
+    assert call.turn is not None, "the answer ended early; choose another seed"
+    made = call.turn.frames
+    assert made == 6, "0.4 s ahead of who has just begun to listen are five frames, and one that is being heard"
+    clock.time += 0.8
+    engine.run()
+    assert call.turn is None or call.turn.frames == made + 10
+    call.cancel()
+    engine.run()
+    assert events.reply().finish == "cancelled"
+
+
+def test_what_is_due_first_is_served_first():
+    clock = Clock()
+    engine = Engine(model(), clock=clock)
+    first, second = engine.open(), engine.open()
+    second.append_text("hello")
+    early = second.respond(max_frames=3, max_text_tokens=20, ahead=1.0)
+    clock.time = 0.5
+    first.append_text("hello")
+    late = first.respond(max_frames=3, max_text_tokens=20, ahead=1.0)
+    engine.run()
+    order = [work.calls for work in engine.work if work.name == "frame"]
+    assert order[0][0] == second.name
+    assert early.reply().finish and late.reply().finish
+
+
+def test_one_more_than_there_is_room_for_is_refused():
+    engine = Engine(model(), capacity=2)
+    calls = [engine.open(), engine.open()]
+    with pytest.raises(BusyError, match="2 conversations are being held.*try again in") as refused:
+        engine.open()
+    assert refused.value.retry_after > 0
+    calls[0].close()
+    engine.run()
+    engine.open()
+
+
+def test_a_shared_beginning_is_read_once():
+    engine = Engine(model())
+    calls = [engine.open("You are brief.") for _ in range(3)]
+    lengths = {call.session.thinker.filled for call in calls}
+    assert lengths.pop() > 0 and not lengths
+    assert not any(work.name == "thinker" for work in engine.work)
+    session = model().session("You are brief.")
+    session.append_text("hello")
+    calls[1].append_text("hello")
+    answer = calls[1].respond(seed=4, max_frames=5, max_text_tokens=6)
+    engine.run()
+    same(collect(session.respond(seed=4, max_frames=5, max_text_tokens=6)), answer.reply())
+    assert calls[0].session.thinker.filled < calls[1].session.thinker.filled
+
+
+def test_closing_in_the_middle_of_a_prompt_leaves_nothing_behind():
+    engine = Engine(model())
+    call = engine.open()
+    call.append_text("word " * 500)
+    events = call.respond(max_frames=5)
+    engine.run(lambda: len(engine.work) > 3)
+    assert call.reading
+    call.close()
+    engine.run()
+    assert not engine.calls
+    assert events.reply().finish == "cancelled"
+    with pytest.raises(InputError, match="left the engine"):
+        call.append_text("more").result()
+
+
+def test_an_answer_that_is_cancelled_before_it_began_says_nothing():
+    engine = Engine(model())
+    call = engine.open()
+    call.append_text("hello")
+    events = call.respond()
+    call.cancel()
+    engine.run()
+    reply = events.reply()
+    assert reply.finish == "cancelled" and not len(reply.codes) and not reply.text_ids
+
+
+@pytest.mark.parametrize("seconds", [2, pytest.param(60, marks=pytest.mark.long)])
+def test_a_soak_leaves_no_row_no_thread_and_no_memory(seconds):
+    before = threading.active_count()
+    random = np.random.default_rng(0)
+    done: Callable[[], bool]
+    with Engine(model()) as engine:
+        now, sizes = engine.now, []
+        start = now()
+        while now() - start < seconds:
+            call = engine.open()
+            say(call, int(random.integers(20)))
+            events = call.respond(seed=int(random.integers(100)), max_frames=8, max_text_tokens=8)
+            if random.random() < 0.3:
+                call.cancel()
+            if random.random() < 0.5:
+                events.reply()
+            call.close()
+            sizes.append(sum(call.session.nbytes for call in engine.calls))
+        done = lambda: not engine.calls  # noqa: E731
+        wait = threading.Event()
+        while not done() and now() - start < seconds + 20:
+            wait.wait(0.05)
+        assert not engine.calls
+    assert threading.active_count() == before
+    assert CPU.type == "cpu" and max(sizes) < 50e6
