@@ -21,6 +21,7 @@ from antiphon.errors import AntiphonError, AudioError, InputError
 from antiphon.evaluate.commands import evaluate, trace, verify_command
 from antiphon.files import check_target
 from antiphon.generate import Omni, Options
+from antiphon.memory import hold_memory
 from antiphon.report import write_report
 from antiphon.terminal import (
     DeviceOption,
@@ -55,6 +56,7 @@ app = typer.Typer(
 
 def main() -> NoReturn:
     """Run a command; an error is one sentence on standard error and exit status 1."""
+    hold_memory()
     try:
         app()
     except AntiphonError as error:

@@ -329,7 +329,7 @@ class Conversation:
         return [Chunk(x[part], ids[part], [i for i, mine in enumerate(user[part]) if mine]) for part in parts]
 
     def follow(self, chunk: Chunk, accept: Tensor) -> Tensor:
-        """The Talker's input [1, n, W] of what is the user's in a chunk; `accept` [n, U] are these positions' states."""
+        """The Talker's input [1, n, W] of what is the user's in a chunk, whose states are `accept` [n, U]."""
         return self.model.embed_rows(user_rows([chunk.ids[i] for i in chunk.mine]), accept)
 
     # ------------------------------------------------------------------------------------ being cut off

@@ -126,9 +126,7 @@ class Session(Conversation):
         self.generation += 1
         return self._respond(options, speaker, self.generation, self.clock)
 
-    def how_to_answer(
-        self, options: Options | None, changes: Mapping[str, Any]
-    ) -> tuple[Options, int | Tensor | None]:
+    def how_to_answer(self, options: Options | None, changes: Mapping[str, Any]) -> tuple[Options, int | Tensor | None]:
         """How to answer, and what goes into the speaker slot.
 
         Raises:
@@ -414,6 +412,7 @@ class Utterance:
 
 
 def reply_of(model: Boxes, thought: Thought, speech: Utterance, clock: Phases) -> Reply:
+    """A whole answer."""
     quantizers = model.config.code2wav.num_quantizers if model.config.code2wav else 0
     codes = torch.stack(speech.codes) if speech.codes else torch.zeros(0, quantizers, dtype=torch.long)
     audio = np.concatenate(speech.sound) if speech.sound else np.zeros(0, np.float32)

@@ -217,7 +217,9 @@ class Attention(Part):
         unit, weight = unit_rms(q, self.q_norm.eps), torch.cat([q.expand(self.heads, -1), k.expand(self.kv_heads, -1)])
         return lambda qk: unit(qk) * weight
 
-    def forward(self, x: Tensor, turn: Turn, span: Span | JoinedSpan, layer: int, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, turn: Turn, span: Span | JoinedSpan, layer: int, residual: Tensor | None = None
+    ) -> Tensor:
         """x [N, W] -> [N, W], N = B * T steps of the span; `turn` is what `rotary` gave for them."""
         return self.bind()(x, turn, span, layer, residual)
 

@@ -62,13 +62,13 @@ class NoiseKey(NamedTuple):
     seed: int | Tensor
     turn: int | Tensor
     frame: int | Tensor
-    codebook: int
+    codebook: int | Tensor
 
 
 def choose(
     logits: Tensor,
     sampling: Sampling,
-    noise: NoiseKey | None = None,
+    noise: NoiseKey | Tensor | None = None,
     seen: Tensor | None = None,
     suppress: Tensor | None = None,
 ) -> Tensor:
@@ -79,7 +79,7 @@ def choose(
     Args:
         logits: scores [B, V]; below float32 they are computed with in float32, above in their own type.
         sampling: how to draw.
-        noise: names the draw; needed unless greedy.
+        noise: names the draw, or is what `gumbel` gives for it; needed unless greedy.
         seen: True at the ids drawn before, bool [B, V].
         suppress: True at the ids never to be drawn, bool [V].
     """
@@ -94,7 +94,8 @@ def choose(
     if noise is None:
         raise ValueError("a draw that is not greedy needs a NoiseKey")
     scores = filtered(scores / sampling.temperature, sampling)
-    return (scores + gumbel(noise, scores.shape[-1], scores.device)).argmax(-1)
+    noise = noise if isinstance(noise, Tensor) else gumbel(noise, scores.shape[-1], scores.device)
+    return (scores + noise).argmax(-1)
 
 
 def filtered(scores: Tensor, sampling: Sampling) -> Tensor:

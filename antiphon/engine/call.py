@@ -172,9 +172,7 @@ class Call:
     What is asked for is done in order and gives a Future: its `result` raises what the same method of `Session` does.
     """
 
-    def __init__(
-        self, session: EngineSession, name: str, wake: Callable[[], None], now: Callable[[], float]
-    ) -> None:
+    def __init__(self, session: EngineSession, name: str, wake: Callable[[], None], now: Callable[[], float]) -> None:
         self.session, self.name = session, name
         self._wake, self._now = wake, now
         self.wishes = deque[Wish]()

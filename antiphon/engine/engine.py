@@ -44,10 +44,10 @@ class Engine:
     def __init__(
         self, model: Omni, capacity: int | None = None, clock: Callable[[], float] = time.perf_counter
     ) -> None:
-        self.model, self.capacity, self.now = model, capacity, clock
+        self.model, self.capacity, self._clock = model, capacity, clock
         self.calls: list[Call] = []
         self.work = deque[Work](maxlen=KEPT_WORK)
-        self.lanes: list[Lane] = [Thinking(self)] + ([Speaking(self)] if model.speech is not None else [])
+        self.lanes: Sequence[Lane] = [Thinking(self)] + ([Speaking(self)] if model.speech is not None else [])
         self._prefixes = OrderedDict[Any, EngineSession]()
         self._opened = 0
         self._changed = threading.Condition()
@@ -144,12 +144,16 @@ class Engine:
     @torch.inference_mode()
     def _serve(self, lane: Lane) -> None:
         while self._running:
-            with self._changed:
-                ticket = self._ticket
+            ticket = self._ticket
             if not lane.step():
                 self._sweep()
                 with self._changed:
-                    self._changed.wait_for(lambda: self._ticket != ticket or not self._running, IDLE)
+                    if self._ticket == ticket and self._running:
+                        self._changed.wait(IDLE)
+
+    def now(self) -> float:
+        """Seconds on the engine's clock."""
+        return self._clock()
 
     def wake(self) -> None:
         """There may be work."""

@@ -25,10 +25,11 @@ from torch import Tensor
 
 from antiphon.binding import bound
 from antiphon.engine.call import CHUNK, KEPT_FRAMES, Call, Turn
+from antiphon.engine.capture import Step, capture
 from antiphon.generate import AudioDelta, Done, reply_of
 from antiphon.model import Boxes
-from antiphon.sampling import NoiseKey, Sampling, choose
-from antiphon.streaming import FrameCache, JoinedCaches, KVCache
+from antiphon.sampling import NoiseKey, Sampling, choose, gumbel
+from antiphon.streaming import JoinedCaches, KVCache
 
 BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # rows of a matrix product
 WORDS_AHEAD = 8  # of the frame that is made next: further on an answer's text can wait
@@ -48,8 +49,15 @@ class Work(NamedTuple):
 class House(Protocol):
     """What the lanes share: the boxes, the calls, the clock, and what was done."""
 
-    model: Boxes
-    calls: list[Call]
+    @property
+    def model(self) -> Boxes:
+        """The boxes."""
+        ...
+
+    @property
+    def calls(self) -> list[Call]:
+        """All conversations, in a list that is never changed."""
+        ...
 
     def now(self) -> float:
         """Seconds."""
@@ -97,6 +105,10 @@ class Lane:
                     self.together(name, [call], run)
         self.house.wake()
         return True
+
+    def step(self) -> bool:
+        """Run the most urgent work there is; whether there was any."""
+        raise NotImplementedError
 
     def caches(self, call: Call) -> list[KVCache]:
         """Of a call, those that this lane writes."""
@@ -224,7 +236,7 @@ class Speaking(Lane):
         self.speech = speech = house.model.speaking()
         self.talk, self.predict, self.decode = bound(speech.talker), speech.mtp.bind_predict(), bound(speech.code2wav)
         self.suppress = speech.talker.suppressed(house.model.device)
-        self.scratch = dict[int, FrameCache]()  # of MTP, by rows
+        self.captured = dict[tuple[Sampling, int], Step]()  # MTP, by how codes are drawn and rows
 
     def caches(self, call: Call) -> list[KVCache]:
         """The Talker's."""
@@ -271,9 +283,12 @@ class Speaking(Lane):
         for turn, one in zip(turns, code.tolist(), strict=True):
             if one == stop:
                 turn.speech.finish, turn.spoken = "stop", True
-        going = [i for i, turn in enumerate(turns) if not turn.spoken]
-        if going:
-            self.sound([calls[i] for i in going], [turns[i] for i in going], hidden[going], code[going])
+        made = list[tuple[Call, Turn, Tensor, Tensor, Tensor]]()
+        for way in dict.fromkeys(turn.speech.options.residual for turn in turns):
+            some = [i for i, t in enumerate(turns) if not t.spoken and t.speech.options.residual == way]
+            made += self.sound(way, [(calls[i], turns[i]) for i in some], hidden[some], code[some]) if some else ()
+        for one in made:  # nothing raises from here on: what the batch could not do is not half done
+            self.give(*one)
 
     def ends(self, call: Call, turn: Turn) -> bool:
         """Whether an answer's sound is over before its next frame."""
@@ -312,33 +327,56 @@ class Speaking(Lane):
             for turn in turns
         ]
 
-    def sound(self, calls: Sequence[Call], turns: Sequence[Turn], hidden: Tensor, code: Tensor) -> None:
-        """The other codes and the samples of a frame whose codes [B] of codebook 0 the states [B, W] gave."""
-        speeches, rows = [turn.speech for turn in turns], bucket(len(turns))
-        if rows not in self.scratch:
-            self.scratch[rows] = self.speech.mtp.init_state(rows, self.model.device, self.model.dtype)
-        hidden, code = F.pad(hidden, (0, 0, 0, rows - len(turns))), F.pad(code, (0, rows - len(turns)))
+    def sound(
+        self, way: Sampling, some: Sequence[tuple[Call, Turn]], hidden: Tensor, code: Tensor
+    ) -> Iterator[tuple[Call, Turn, Tensor, Tensor, Tensor]]:
+        """Codes [Q], what they sum up to [W] and samples [1920] of a frame of each, its other codes drawn in one way.
+
+        The states [B, W] gave the codes [B] of codebook 0.
+        """
+        hidden, rows = padded_rows(hidden)
+        code = F.pad(code, (0, rows - len(some)))
         first = self.speech.talker.model.codec_embedding(code)
-        residual = [speech.options.residual for speech in speeches]
-
-        def draw(logits: Tensor, codebook: int) -> Tensor:
-            keys = [speech.key(turn.frames, codebook) for speech, turn in zip(speeches, turns, strict=True)]
-            return F.pad(choose_each(logits[: len(turns)], residual, keys), (0, rows - len(turns)))
-
-        codes, rest = self.predict(hidden, first, draw, self.scratch[rows])
-        codes, residue = torch.cat([code[:, None], codes], 1), first + rest
-        own = [call.session.code2wav for call in calls]
+        keys = [turn.speech.key(turn.frames, 0) for _, turn in some]
+        codes, residue = self.residual(way, rows)(hidden, first, self.noise(keys, rows))
+        codes = torch.cat([code[:, None], codes], 1)
+        own = [call.session.code2wav for call, _ in some]
         state = own[0].join(own[1:] + own[:1] * (rows - len(own)))
         wave = self.decode(codes[:, None], state)
         state.part(own)
-        wave, now = wave.float().cpu(), self.house.now()
-        for i, (call, turn) in enumerate(zip(calls, turns, strict=True)):
-            turn.first_at = now if turn.first_at is None else turn.first_at
-            turn.residue, turn.speech.seen[0, code[i]] = residue[i], True
-            samples = turn.speech.add(codes[i], wave[i].clone())
-            if call.session.answer is not None:
-                call.session.answer.frames.append(turn.tokens_by(turn.frames - 1))
-            turn.events.put(AudioDelta(samples, turn.frames - 1, turn.speech.sample_rate))
+        calls, turns = zip(*some, strict=True)
+        return zip(calls, turns, codes.cpu(), residue.clone(), wave.float().cpu(), strict=False)
+
+    def residual(self, way: Sampling, rows: int) -> Step:
+        """MTP on so many rows: states and embeddings [B, W] of code 0 and noise -> the other codes and their sum."""
+        if (way, rows) not in self.captured:
+            mtp, place = self.speech.mtp, (self.model.device, self.model.dtype)
+            scratch, width = mtp.init_state(rows, *place), self.speech.talker.config.text.hidden_size
+
+            def step(hidden: Tensor, first: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+                codes, rest = self.predict(hidden, first, lambda x, book: choose(x, way, noise[:, book - 1]), scratch)
+                return codes, first + rest
+
+            zeros = torch.zeros(rows, width, device=place[0], dtype=place[1])
+            self.captured[way, rows] = capture(step, (zeros, zeros, self.noise([NoiseKey(0, 0, 0, 0)], rows)))
+        return self.captured[way, rows]
+
+    def noise(self, keys: Sequence[NoiseKey], rows: int) -> Tensor:
+        """Noise [B, Q - 1, V] of all draws of a frame whose first have these keys."""
+        mtp = self.speech.mtp
+        books, size = torch.arange(1, mtp.codebooks).repeat(rows), mtp.config.vocab_size
+        seed, turn, frame, _ = torch.tensor([*keys] + [keys[0]] * (rows - len(keys))).T
+        parts = (part.repeat_interleave(mtp.codebooks - 1) for part in (seed, turn, frame))
+        return gumbel(NoiseKey(*parts, books), size, self.model.device).view(rows, -1, size)
+
+    def give(self, call: Call, turn: Turn, codes: Tensor, residue: Tensor, wave: Tensor) -> None:
+        """One more frame for who listens."""
+        turn.first_at = self.house.now() if turn.first_at is None else turn.first_at
+        turn.residue, turn.speech.seen[0, codes[0]] = residue, True
+        samples = turn.speech.add(codes, wave)
+        if call.session.answer is not None:
+            call.session.answer.frames.append(turn.tokens_by(turn.frames - 1))
+        turn.events.put(AudioDelta(samples, turn.frames - 1, turn.speech.sample_rate))
 
 
 def bucket(rows: int) -> int:
@@ -365,7 +403,8 @@ def choose_each(
     for way in dict.fromkeys(samplings):
         rows = [i for i, own in enumerate(samplings) if own == way]
         whole = len(rows) == len(samplings)
-        key = NoiseKey(*(torch.tensor([keys[i][part] for i in rows]) for part in range(3)), keys[rows[0]].codebook)
+        seed, turn, frame = (torch.tensor([keys[i][part] for i in rows]) for part in range(3))
+        key = NoiseKey(seed, turn, frame, keys[rows[0]].codebook)
         scores, before = (logits, seen) if whole else (logits[rows], None if seen is None else seen[rows])
         drawn = choose(scores, way, key, before, suppress)
         if whole:
