@@ -17,6 +17,7 @@ from rich.table import Table
 from antiphon.audio import Samples, read_audio
 from antiphon.config import OmniConfig
 from antiphon.config_json import read_config
+from antiphon.engine.commands import bench
 from antiphon.errors import AntiphonError, AudioError, InputError
 from antiphon.evaluate.commands import evaluate, trace, verify_command
 from antiphon.files import check_target
@@ -314,6 +315,7 @@ def speak(
 app.command()(trace)
 app.command("verify")(verify_command)
 app.command()(evaluate)
+app.command()(bench)
 for command in (commands.corpus, commands.prepare, commands.train):
     app.command()(command)
 

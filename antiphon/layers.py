@@ -275,6 +275,16 @@ class Experts(nn.Module):
         y = (self._together if slots.numel() * inner * width <= COPIED_AT_MOST else self._in_turn)(x, slots)
         return torch.bmm(weight[:, None], y.view(*chosen.shape, width)).squeeze(1)
 
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.gate_up_proj)
+
+    def only(self, x: Tensor) -> Tensor:
+        """x [N, W] through the first expert -> [N, W]."""
+        up, down = (scaled(weight[0], scale, 0, x) for weight, scale in self._matrices())
+        return F.linear(gated(F.linear(x, up)), down)
+
     def _together(self, x: Tensor, experts: Tensor) -> Tensor:
         """x [n, W], each through its own of experts [n]: a copy of their matrices, one product per projection."""
         up, down = (scaled(w.index_select(0, experts), s, experts, x) for w, s in self._matrices())
@@ -336,10 +346,13 @@ class SparseMLP(Part):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[N, W] -> [N, W], added to `residual` if there is one."""
-        weight, chosen = self.gate(x).topk(self.top_k, -1)
-        if self.normalize:
-            weight = weight / weight.sum(-1, keepdim=True)
-        y = self.experts(x, chosen, weight.to(x.dtype))
+        if self.experts.count == 1:  # nothing to route: its weight is 1
+            y = self.experts.only(x)
+        else:
+            weight, chosen = self.gate(x).topk(self.top_k, -1)
+            if self.normalize:
+                weight = weight / weight.sum(-1, keepdim=True)
+            y = self.experts(x, chosen, weight.to(x.dtype))
         if self.shared_expert is not None and self.shared_expert_gate is not None:
             y = torch.addcmul(y, self.shared_expert_gate(x).sigmoid(), self.shared_expert(x))
         return y if residual is None else residual + y

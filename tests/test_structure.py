@@ -19,7 +19,7 @@ ROOT = Path(antiphon.__file__).parent
 # so neither does evaluate import the engine nor the engine evaluate. `name/` is a whole folder.
 ORDER: list[set[str]] = [
     {"errors"},
-    {"config", "files", "binding"},
+    {"config", "files", "binding", "memory"},
     {"config_json", "streaming", "sampling", "metrics"},
     {"tokenizer"},
     {"chat"},

@@ -118,6 +118,12 @@ class Engine:
             thread.start()
         return self
 
+    @torch.inference_mode()
+    def warm(self, conversations: int) -> None:
+        """Record every step for up to so many conversations, so that no answer has to wait for it."""
+        for lane in self.lanes:
+            lane.warm(conversations)
+
     def stop(self) -> None:
         """Cancel every answer, let the lanes come to an end and wait for them."""
         for call in self.calls:
@@ -150,6 +156,11 @@ class Engine:
                 with self._changed:
                     if self._ticket == ticket and self._running:
                         self._changed.wait(IDLE)
+
+    @property
+    def seconds(self) -> float:
+        """Of a packet of sound."""
+        return self.lanes[0].seconds
 
     def now(self) -> float:
         """Seconds on the engine's clock."""

@@ -28,7 +28,7 @@ from antiphon.engine.call import CHUNK, KEPT_FRAMES, Call, Turn
 from antiphon.engine.capture import Step, capture
 from antiphon.generate import AudioDelta, Done, reply_of
 from antiphon.model import Boxes
-from antiphon.sampling import NoiseKey, Sampling, choose, gumbel
+from antiphon.sampling import MTP, NoiseKey, Sampling, choose, gumbel
 from antiphon.streaming import JoinedCaches, KVCache
 
 BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # rows of a matrix product
@@ -109,6 +109,9 @@ class Lane:
     def step(self) -> bool:
         """Run the most urgent work there is; whether there was any."""
         raise NotImplementedError
+
+    def warm(self, conversations: int) -> None:
+        """Make ready for batches of up to so many."""
 
     def caches(self, call: Call) -> list[KVCache]:
         """Of a call, those that this lane writes."""
@@ -237,6 +240,14 @@ class Speaking(Lane):
         self.talk, self.predict, self.decode = bound(speech.talker), speech.mtp.bind_predict(), bound(speech.code2wav)
         self.suppress = speech.talker.suppressed(house.model.device)
         self.captured = dict[tuple[Sampling, int], Step]()  # MTP, by how codes are drawn and rows
+
+    def warm(self, conversations: int) -> None:
+        """Record MTP for every number of rows up to that of the conversations, as the release draws."""
+        for rows in BUCKETS[: bisect.bisect_left(BUCKETS, conversations) + 1]:
+            step, width = self.residual(MTP, rows), self.speech.talker.config.text.hidden_size
+            zeros = torch.zeros(rows, width, device=self.model.device, dtype=self.model.dtype)
+            for _ in range(3):  # a recording is made better in its first runs
+                step(zeros, zeros, self.noise([NoiseKey(0, 0, 0, 0)], rows))
 
     def caches(self, call: Call) -> list[KVCache]:
         """The Talker's."""
