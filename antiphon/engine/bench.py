@@ -10,20 +10,19 @@ Shapes: N samples.
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from antiphon.audio import Samples
 from antiphon.engine.engine import Engine
+from antiphon.engine.lanes import Work
 from antiphon.errors import AntiphonError
 from antiphon.generate import AudioDelta, Done, Omni, TextDelta
 from antiphon.metrics import Histogram
@@ -166,32 +165,33 @@ def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
     return {f"p{p}": round(1000 * seen.percentile(p), 1) for p in PERCENTILES}
 
 
-def run(
-    model: Omni, questions: Sequence[tuple[Samples, int]], loads: Sequence[Load], timeline: Path | None = None
-) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Run:
+    """One load: its figures, its answers and what ran when."""
+
+    figures: dict[str, Any]
+    answers: list[Answered]
+    work: list[Work]
+
+
+def run(model: Omni, questions: Sequence[tuple[Samples, int]], loads: Sequence[Load]) -> Iterator[Run]:
     """Every load in turn, on one engine that is warm."""
-    figures = []
     with Engine(model) as engine:
         engine.warm(max(load.conversations for load in loads))
         for load in loads:
             engine.work.clear()
             begun = time.perf_counter()
             answers = measure(engine, questions, load)
-            figures.append(summary(engine, load, answers, time.perf_counter() - begun))
-        if timeline is not None:
-            timeline.write_text(json.dumps(trace_of(engine)), encoding="utf-8")
-    return figures
+            yield Run(summary(engine, load, answers, time.perf_counter() - begun), answers, list(engine.work))
 
 
-def trace_of(engine: Engine) -> dict[str, Any]:
-    """The timeline of what is in the engine's memory, for chrome://tracing or Perfetto: a lane a row."""
-    lanes = {lane.name: i for i, lane in enumerate(engine.lanes)}
+def trace_of(work: Sequence[Work]) -> dict[str, Any]:
+    """What ran when, for chrome://tracing or Perfetto: a lane a row."""
+    lanes = {name: i for i, name in enumerate(dict.fromkeys(one.lane for one in work))}
     events: list[dict[str, Any]] = [
         {"name": "thread_name", "ph": "M", "pid": 1, "tid": i, "args": {"name": name}} for name, i in lanes.items()
     ]
-    for work in list(engine.work):
-        place = {"ph": "X", "pid": 1, "tid": lanes[work.lane], "ts": work.start * 1e6}
-        events.append(
-            {"name": work.name, "dur": (work.stop - work.start) * 1e6, "args": {"calls": work.calls}, **place}
-        )
+    for one in work:
+        place = {"ph": "X", "pid": 1, "tid": lanes[one.lane], "ts": one.start * 1e6}
+        events.append({"name": one.name, "dur": (one.stop - one.start) * 1e6, "args": {"calls": one.calls}, **place})
     return {"traceEvents": events, "displayTimeUnit": "ms"}

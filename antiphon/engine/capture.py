@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +27,9 @@ def capture(step: Step, examples: Sequence[Tensor]) -> Step:
 
 def _trace(step: Step, examples: Sequence[Tensor]) -> Step:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # sizes are fixed, as they are meant to be
-        return torch.jit.trace(step, tuple(examples), check_trace=False)
+        warnings.simplefilter("ignore")  # sizes are fixed, as they are meant to be
+        traced: Any = torch.jit.trace(step, tuple(examples), check_trace=False)
+    return traced
 
 
 def _graph(step: Step, examples: Sequence[Tensor]) -> Step:

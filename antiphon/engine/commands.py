@@ -12,13 +12,15 @@ import numpy as np
 import torch
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from antiphon.audio import Samples, read_audio
-from antiphon.engine.bench import Load, run
+from antiphon.engine.bench import Load, run, trace_of
+from antiphon.engine.pictures import latency, moment
 from antiphon.errors import InputError
 from antiphon.files import write_text
-from antiphon.terminal import DeviceOption, Dtype, DtypeOption, FrameLimit, JsonOption, Model, load_model
+from antiphon.terminal import DeviceOption, Dtype, DtypeOption, FrameLimit, JsonOption, Model, load_model, say
 
 TONE = 3.0  # seconds of a question where none is given
 
@@ -37,6 +39,8 @@ def bench(
     ] = False,
     max_frames: FrameLimit = 50,
     timeline: Annotated[Path | None, typer.Option(help="Write what ran when, as a Chrome trace.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw what ran around the end of the first question.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw latency over load.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = Dtype.auto,
@@ -51,7 +55,17 @@ def bench(
     omni = load_model(model, device, dtype)
     if omni.speech is None:
         raise InputError("this checkpoint has no Talker and cannot speak; bench measures spoken answers")
-    figures = run(omni, asked, [Load(c, turns, uploaded, max_frames) for c in many], timeline)
+    loads = [Load(c, turns, uploaded, max_frames) for c in many]
+    columns = (TextColumn("conversations held"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=say, transient=True) as progress:
+        runs = list(progress.track(run(omni, asked, loads), total=len(loads)))
+    figures = [one.figures for one in runs]
+    if timeline is not None:
+        write_text(timeline, json.dumps(trace_of([work for one in runs for work in one.work])))
+    if picture is not None:
+        moment(runs[0].work, runs[0].answers[0], picture)
+    if plot is not None:
+        latency(figures, plot)
     about = {"machine": f"{os.cpu_count()} cores, {platform.machine()}", "torch": torch.__version__, "loads": figures}
     if out is not None:
         write_text(out, json.dumps(about, indent=1))

@@ -377,8 +377,8 @@ class Speaking(Lane):
         mtp = self.speech.mtp
         books, size = torch.arange(1, mtp.codebooks).repeat(rows), mtp.config.vocab_size
         seed, turn, frame, _ = torch.tensor([*keys] + [keys[0]] * (rows - len(keys))).T
-        parts = (part.repeat_interleave(mtp.codebooks - 1) for part in (seed, turn, frame))
-        return gumbel(NoiseKey(*parts, books), size, self.model.device).view(rows, -1, size)
+        seed, turn, frame = (part.repeat_interleave(mtp.codebooks - 1) for part in (seed, turn, frame))
+        return gumbel(NoiseKey(seed, turn, frame, books), size, self.model.device).view(rows, -1, size)
 
     def give(self, call: Call, turn: Turn, codes: Tensor, residue: Tensor, wave: Tensor) -> None:
         """One more frame for who listens."""
