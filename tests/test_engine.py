@@ -385,6 +385,17 @@ def test_one_more_than_there_is_room_for_is_refused():
     engine.open()
 
 
+def test_the_capacity_is_what_the_machine_keeps_in_time(monkeypatch):
+    """A machine on which a step of n conversations takes 10 + 7 n ms keeps seven of them in frames of 80 ms."""
+    engine = Engine(model())
+    monkeypatch.setattr(engine, "_step_of", lambda rows: 0.010 + 0.007 * rows)
+    assert engine.measure() == 6  # of 1, 2, 3, 4, 6, 8, …
+    monkeypatch.undo()
+    assert 1 <= engine.measure(2) <= 2
+    assert not engine.calls
+    assert engine.capacity is not None
+
+
 def test_a_shared_beginning_is_read_once():
     engine = Engine(model())
     calls = [engine.open("You are brief.") for _ in range(3)]
@@ -427,6 +438,60 @@ def test_an_answer_that_is_cancelled_before_it_began_says_nothing():
     assert reply.finish == "cancelled"
     assert not len(reply.codes)
     assert not reply.text_ids
+
+
+def guessing(seed: int) -> tuple[Engine, Call]:
+    """A call that has begun to answer before it was asked to."""
+    engine = Engine(model())
+    call = engine.open(window=1)
+    say(call, seed)
+    call.guess(**options(seed))
+    engine.run()
+    return engine, call
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_answer_begun_early_is_the_one_that_is_asked_for(seed):
+    engine, call = guessing(seed)
+    before = len(engine.work)
+    events = call.respond(**options(seed))
+    ready = events.kept
+    engine.run()
+    same(alone(seed)[0], events.reply())
+    assert ready == 4, "its first frames were there"
+    assert not [work for work in list(engine.work)[before:] if work.name == "talker"], "the prompt was read twice"
+    assert engine.calls == [call]
+    say(call, seed + 1)  # and the conversation goes on from it
+    answer = call.respond(**options(seed + 1))
+    engine.run()
+    same(alone(seed, 2)[1], answer.reply())
+
+
+def test_an_answer_begun_early_is_forgotten_when_the_user_goes_on():
+    engine, call = guessing(1)
+    call.append_text(" and more")
+    answer = call.respond(**options(1))
+    engine.run()
+    session = Session(model(), window=1)
+    say(session, 1)
+    session.append_text(" and more")
+    same(collect(session.respond(**options(1))), answer.reply())
+    assert engine.calls == [call]
+
+
+def test_an_answer_begun_early_can_be_cancelled_and_asked_for_in_another_way():
+    engine, call = guessing(2)
+    other = call.respond(**options(3))
+    engine.run()
+    session = Session(model(), window=1)
+    say(session, 2)
+    same(collect(session.respond(**options(3))), other.reply())
+    engine, call = guessing(2)
+    events = call.respond(**options(2))
+    call.cancel()
+    engine.run()
+    assert events.reply().finish == "cancelled"
+    assert engine.calls == [call]
 
 
 @pytest.mark.parametrize("seconds", [2, pytest.param(60, marks=pytest.mark.long)])

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from antiphon.audio import Samples
+from antiphon.engine.call import Work
 from antiphon.engine.engine import Engine
-from antiphon.engine.lanes import Work
 from antiphon.errors import AntiphonError
 from antiphon.generate import AudioDelta, Done, Omni, TextDelta
 from antiphon.metrics import Histogram

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -23,9 +23,11 @@ from antiphon.config import OmniConfig
 from antiphon.conversation import Chunk
 from antiphon.errors import InputError
 from antiphon.generate import AudioDelta, Done, Event, Options, Reply, Session, Thought, Utterance, collect
+from antiphon.model import Boxes
 from antiphon.spoken import Spoken
 
 CHUNK = 128  # positions of a prompt that are read at once: the Talker follows the Thinker one chunk behind
+GUESSED_FRAMES = 4  # that an answer may have which nobody has asked for yet
 KEPT_FRAMES = 64  # of sound that nobody has taken yet; then the answer waits for its listener
 
 
@@ -64,6 +66,7 @@ class Answering:
         self._wake = wake
         self.asked_at = 0.0  # on the engine's clock
         self.cancelled = False  # before it began
+        self.limit = KEPT_FRAMES  # of frames that wait to be taken; then the answer waits too
         self.kept = 0  # frames of sound that have not been taken
 
     def put(self, event: Event | Failed) -> None:
@@ -80,7 +83,7 @@ class Answering:
         event = self._events.get(timeout=timeout)
         if isinstance(event, AudioDelta):
             self.kept -= 1
-            if self.kept == KEPT_FRAMES - 1:
+            if self.kept == self.limit - 1:
                 self._wake()
         return event
 
@@ -96,6 +99,60 @@ class Answering:
     def reply(self) -> Reply:
         """The whole answer."""
         return collect(self)
+
+
+@dataclass
+class Guess:
+    """An answer that is begun on a fork before anybody asks for it."""
+
+    how: dict[str, Any]
+    events: Answering
+    call: Call | None = None  # the fork, once there is one
+    void: bool = False
+
+
+class Work(NamedTuple):
+    """One batch, for the timeline: seconds on the engine's clock."""
+
+    lane: str
+    name: str
+    start: float
+    stop: float
+    calls: tuple[str, ...]
+
+
+class House(Protocol):
+    """Where calls live: what they and the lanes share."""
+
+    @property
+    def model(self) -> Boxes:
+        """The boxes."""
+        ...
+
+    @property
+    def calls(self) -> list[Call]:
+        """All conversations, in a list that is never changed."""
+        ...
+
+    def now(self) -> float:
+        """Seconds on its clock."""
+        ...
+
+    def wake(self) -> None:
+        """There may be work."""
+        ...
+
+    def noted(self, work: Work) -> None:
+        """A batch was run."""
+        ...
+
+    def fork(self, call: Call) -> Call:
+        """A call of its own that goes on from where this one is, and that nobody has asked for."""
+        ...
+
+    def leave(self, *calls: Call) -> None:
+        """These are stepped no more."""
+        ...
 
 
 @dataclass(eq=False)
@@ -172,10 +229,11 @@ class Call:
     What is asked for is done in order and gives a Future: its `result` raises what the same method of `Session` does.
     """
 
-    def __init__(self, session: EngineSession, name: str, wake: Callable[[], None], now: Callable[[], float]) -> None:
-        self.session, self.name = session, name
-        self._wake, self._now = wake, now
+    def __init__(self, session: EngineSession, name: str, house: House) -> None:
+        self.session, self.name, self._house = session, name, house
         self.wishes = deque[Wish]()
+        self.is_guess = False  # a fork that nobody has asked for
+        self._guess: Guess | None = None  # an answer that was begun in case it is asked for
         self._asked: list[Answering] = []  # answers that were asked for and have not begun
         self.reading: deque[Chunk] = deque()  # for the Thinker, which has not come to it
         self.following: deque[tuple[Chunk, Tensor]] = deque()  # for the Talker, with the accept layer's states [n, U]
@@ -187,18 +245,22 @@ class Call:
 
     def append_text(self, text: str) -> Future[None]:
         """As `Session.append_text`."""
+        self._forget()
         return self._wish(lambda: self.session.append_text(text))
 
     def append_audio(self, samples: Any, rate: int = 16000) -> Future[None]:
         """As `Session.append_audio`: windows that close are read while the user goes on speaking."""
+        self._forget()
         return self._wish(lambda: self.session.append_audio(samples, rate))
 
     def append_clip(self, samples: Any, rate: int) -> Future[None]:
         """As `Session.append_clip`."""
+        self._forget()
         return self._wish(lambda: self.session.append_clip(samples, rate))
 
     def append_message(self, message: Mapping[str, Any]) -> Future[None]:
         """As `Session.append_message`."""
+        self._forget()
         return self._wish(lambda: self.session.append_message(message))
 
     def commit(self) -> Future[None]:
@@ -211,14 +273,34 @@ class Call:
         `ahead`: seconds that sound may be ahead of a listener who takes it in real time; an answer that has reached
         them yields to those that have not. None is as fast as it goes, after all others.
         """
-        events = Answering(self._wake)
-        events.asked_at = self._now()
+        if (guess := self._guess) is not None and guess.how == _how(options, changes):
+            self._guess, guess.events.asked_at = None, self._house.now()
+            self._asked.append(guess.events)
+            self._wish(lambda: self._take_over(guess, options, ahead, changes)).add_done_callback(
+                lambda d: _tell(guess.events, d)
+            )
+            return guess.events
+        self._forget()
+        events = Answering(self._house.wake)
+        events.asked_at = self._house.now()
         self._asked.append(events)
         self._wish(lambda: self._begin(events, options, ahead, changes)).add_done_callback(lambda d: _tell(events, d))
         return events
 
+    def guess(self, options: Options | None = None, **changes: Any) -> None:
+        """Begin the answer on a fork, in case nothing more is said: after a short silence, say.
+
+        It comes after all that somebody waits for. `respond` in the same way takes it over, with the frames that are
+        there; anything else that is asked for, or said, throws it away.
+        """
+        self._forget()
+        self._guess = guess = Guess(_how(options, changes), Answering(self._house.wake))
+        guess.events.limit = GUESSED_FRAMES
+        self._wish(lambda: self._begin_guess(guess, options, changes), settled=True)
+
     def truncate(self, ms: float) -> Future[str]:
         """As `Session.truncate`."""
+        self._forget()
         return self._wish(lambda: self.session.truncate(ms), settled=True)
 
     def save(self, path: str | Path) -> Future[None]:
@@ -231,10 +313,11 @@ class Call:
 
     def cancel(self) -> None:
         """Stop the answer that is being given or was asked for, within a frame; it ends with finish = "cancelled"."""
+        self._forget()
         for events in self._asked:
             events.cancelled = True
         self.session.cancel()
-        self._wake()
+        self._house.wake()
 
     def close(self) -> None:
         """Leave the engine: an answer that is being given is cancelled."""
@@ -273,7 +356,7 @@ class Call:
             wish.done.set_exception(self.error or InputError("this conversation has left the engine; open another"))
         else:
             self.wishes.append(wish)
-            self._wake()
+            self._house.wake()
         return wish.done
 
     def _begin(
@@ -291,6 +374,43 @@ class Call:
         self.turn.generation = session.generation
         if events.cancelled:
             session.cancel()
+
+    def _begin_guess(self, guess: Guess, options: Options | None, changes: Mapping[str, Any]) -> None:
+        if not guess.void:
+            guess.call = fork = self._house.fork(self)
+            fork._asked.append(guess.events)
+            fork._begin(guess.events, options, None, changes)
+
+    def _take_over(
+        self, guess: Guess, options: Options | None, ahead: float | None, changes: Mapping[str, Any]
+    ) -> None:
+        """Become the fork that has begun to answer; where it has failed, begin anew."""
+        fork = guess.call
+        if fork is None or fork.error is not None:
+            self._begin(guess.events, options, ahead, changes)
+            return
+        self._asked.remove(guess.events)
+        self._house.leave(fork)
+        self.session, self.reading, self.following, self.turn = fork.session, fork.reading, fork.following, fork.turn
+        guess.events.limit = KEPT_FRAMES
+        if self.turn is not None:
+            self.turn.ahead, self.turn.first_at = ahead, self._house.now() if self.turn.frames else None
+        if guess.events.cancelled:
+            self.session.cancel()
+
+    def _forget(self) -> None:
+        """Throw away an answer that was begun too early."""
+        if self._guess is not None:
+            self._guess.void = True
+            if self._guess.call is not None:
+                self._guess.call.close()
+            self._guess = None
+
+
+def _how(options: Options | None, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """How to answer, to be compared; a voice is the same if it is the same object."""
+    every = vars(options or Options()) | dict(changes)
+    return {name: id(value) if isinstance(value, Tensor) else value for name, value in every.items()}
 
 
 def _tell(events: Answering, done: Future[Any]) -> None:

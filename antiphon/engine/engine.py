@@ -11,7 +11,9 @@ A conversation gives what `generate.py` gives, whoever its neighbours are: the s
 
 from __future__ import annotations
 
+import bisect
 import json
+import statistics
 import threading
 import time
 from collections import OrderedDict, deque
@@ -21,13 +23,15 @@ from typing import Any
 
 import torch
 
-from antiphon.engine.call import Call, EngineSession
-from antiphon.engine.lanes import Lane, Speaking, Thinking, Work
+from antiphon.engine.call import Call, EngineSession, Work
+from antiphon.engine.lanes import BUCKETS, Lane, Speaking, Thinking
 from antiphon.errors import BusyError
 from antiphon.generate import Omni
 
 KEPT_WORK = 100_000  # batches in the timeline
 PREFIXES = 16  # system turns whose caches are kept
+IN_TIME = 0.8  # of a frame, that the steps of a full house may take
+TRIED = 10  # frames
 RETRY = 5.0  # seconds after which one who was refused may ask again: about an answer's length
 IDLE = 0.5  # seconds until a lane looks again if nobody wakes it
 
@@ -75,12 +79,25 @@ class Engine:
             BusyError: there are as many as the machine keeps in time.
         """
         with self._changed:
-            if self.capacity is not None and len(self.calls) >= self.capacity:
+            if self.capacity is not None and sum(not call.is_guess for call in self.calls) >= self.capacity:
                 raise BusyError(self.capacity, RETRY)
             self._opened += 1
-            call = Call(session, f"call {self._opened}", self.wake, self.now)
+            call = Call(session, f"call {self._opened}", self)
             self.calls = [*self.calls, call]
         return call
+
+    def fork(self, call: Call) -> Call:
+        """A fork of a settled call, stepped after all others; it takes nobody's place."""
+        fork = Call(call.session.copy(), f"{call.name}?", self)
+        fork.is_guess = True
+        with self._changed:
+            self.calls = [*self.calls, fork]
+        return fork
+
+    def leave(self, *calls: Call) -> None:
+        """Step these no more."""
+        with self._changed:
+            self.calls = [call for call in self.calls if call not in calls]
 
     def load(self, path: str | Path) -> Call:
         """A conversation that `Call.save` or `Session.save` wrote.
@@ -123,6 +140,37 @@ class Engine:
         """Record every step for up to so many conversations, so that no answer has to wait for it."""
         for lane in self.lanes:
             lane.warm(conversations)
+
+    def measure(self, most: int = BUCKETS[-1]) -> int:
+        """How many conversations this machine keeps in time: from now on the capacity. Before `start`.
+
+        A step of all of them at once, Thinker's and frame's one after the other, has to leave a fifth of a frame.
+        """
+        self.capacity, best = None, 1
+        for rows in BUCKETS[: bisect.bisect_right(BUCKETS, most)]:
+            if self._step_of(rows) > IN_TIME * self.seconds:
+                break
+            best = rows
+        self.capacity = best
+        return best
+
+    def _step_of(self, rows: int) -> float:
+        """Seconds that so many conversations at once take for a frame."""
+        calls = [self.open() for _ in range(rows)]
+        self.warm(rows)
+        for seed, call in enumerate(calls):
+            call.append_text("?")
+            call.respond(seed=seed, max_frames=TRIED, max_text_tokens=TRIED, verbatim=True)
+        done = len(self.work)
+        self.run()
+        for call in calls:
+            call.close()
+        self.run()
+        took = dict[str, list[float]]()
+        for work in list(self.work)[done:]:
+            if 2 * len(work.calls) > rows:  # answers may end early
+                took.setdefault(work.name, []).append(work.stop - work.start)
+        return sum(statistics.median(took[name]) for name in ("thinker", "draw", "frame") if name in took)
 
     def stop(self) -> None:
         """Cancel every answer, let the lanes come to an end and wait for them."""
@@ -180,5 +228,4 @@ class Engine:
         """Let go of calls that have ended."""
         gone = [call for call in self.calls if call.error is not None or (call.closed and call.settled)]
         if gone:
-            with self._changed:
-                self.calls = [call for call in self.calls if call not in gone]
+            self.leave(*gone)

@@ -17,59 +17,21 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from antiphon.binding import bound
-from antiphon.engine.call import CHUNK, KEPT_FRAMES, Call, Turn
+from antiphon.engine.call import CHUNK, Call, House, Turn, Work
 from antiphon.engine.capture import Step, capture
 from antiphon.generate import AudioDelta, Done, reply_of
-from antiphon.model import Boxes
 from antiphon.sampling import MTP, NoiseKey, Sampling, choose, gumbel
 from antiphon.streaming import JoinedCaches, KVCache
 
 BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # rows of a matrix product
 WORDS_AHEAD = 8  # of the frame that is made next: further on an answer's text can wait
 POSITIONS = 256  # of prompts that are read in one step, beside the tokens of answers
-
-
-class Work(NamedTuple):
-    """One batch, for the timeline: seconds on the engine's clock."""
-
-    lane: str
-    name: str
-    start: float
-    stop: float
-    calls: tuple[str, ...]
-
-
-class House(Protocol):
-    """What the lanes share: the boxes, the calls, the clock, and what was done."""
-
-    @property
-    def model(self) -> Boxes:
-        """The boxes."""
-        ...
-
-    @property
-    def calls(self) -> list[Call]:
-        """All conversations, in a list that is never changed."""
-        ...
-
-    def now(self) -> float:
-        """Seconds."""
-        ...
-
-    def noted(self, work: Work) -> None:
-        """A batch was run."""
-        ...
-
-    def wake(self) -> None:
-        """There may be work for the other lane."""
-        ...
 
 
 class Lane:
@@ -124,9 +86,11 @@ class Lane:
         return code2wav.frame_ms / 1000 if code2wav else 0.0
 
     def urgency(self, call: Call) -> tuple[int, float]:
-        """What comes first: answers that somebody listens to, by when their next frame is due, others, and prompts."""
-        turn = call.turn
-        return (2, 0.0) if turn is None else (int(turn.ahead is None), turn.due(self.seconds))
+        """What comes first: answers that are listened to, by when their next frame is due, others, prompts, guesses."""
+        due = call.turn.due(self.seconds) if call.turn else 0.0
+        if call.is_guess:
+            return 3, due
+        return (2, due) if call.turn is None else (int(call.turn.ahead is None), due)
 
 
 class Thinking(Lane):
@@ -274,7 +238,7 @@ class Speaking(Lane):
             turn = call.turn
             if turn is None or turn.spoken or call.reading or call.following:
                 continue
-            waits = not turn.has_word() or turn.events.kept >= KEPT_FRAMES or self.is_ahead(turn)
+            waits = not turn.has_word() or turn.events.kept >= turn.events.limit or self.is_ahead(turn)
             if not waits or call.session.generation != turn.generation:
                 wanted.append(call)
         return sorted(wanted, key=self.urgency)[: BUCKETS[-1]]

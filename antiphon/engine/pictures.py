@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from antiphon.engine.bench import Answered
-from antiphon.engine.lanes import Work
+from antiphon.engine.call import Work
 from antiphon.errors import InputError
 
 BEFORE, AFTER = 0.1, 0.3  # seconds around the end of a question
