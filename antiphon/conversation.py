@@ -29,6 +29,7 @@ from antiphon.metrics import Phases
 from antiphon.model import Boxes
 from antiphon.talker import user_rows
 
+TURN_ROOM = 0.1  # of the model's positions, that a turn and its answer should find free
 PREFILL = 512  # positions the Thinker reads at once: bounds the memory of a long prompt
 WINDOWS = (1, 2, 4, 8)  # seconds AuT may attend over
 # scripts without spaces: Thai and Lao, Burmese, Khmer, kana, Han
@@ -105,6 +106,8 @@ class Conversation:
         tools: functions the assistant may call, in OpenAI's form.
         window: seconds AuT attends over, as released (8) when None.
         record: collects every stage by name, for `trace` and `verify`.
+        retention: when a user's turn begins and there is little room left, forget the oldest turns until this share of
+            the model's positions is in use; None forgets nothing, and a conversation that is full raises CapacityError.
     """
 
     def __init__(
@@ -114,15 +117,20 @@ class Conversation:
         tools: Sequence[Mapping[str, Any]] = (),
         window: int | None = None,
         record: dict[str, list[Tensor]] | None = None,
+        retention: float | None = None,
     ) -> None:
+        if retention is not None and not 0 < retention <= 1 - TURN_ROOM:
+            raise InputError(f"retention is {retention}; expected a share above 0 and at most {1 - TURN_ROOM:g}")
         if window is not None and window not in WINDOWS:
             raise InputError(f"window is {window}; expected one of {', '.join(map(str, WINDOWS))} seconds")
-        self.model, self.record = model, record
+        self.model, self.record, self.retention = model, record, retention
         self.window = window or model.config.audio.window_chunks
         self.generation = 0  # bumped by every answer and by cancel: work of an older one is void
         self.turn = 0
         self.clock = Phases()  # of this turn; it hears before it is to answer
         self.ids: list[int] = []  # everything the Thinker has read or said
+        self._users: list[int] = []  # which of them are the user's, up to the last prompt
+        self._rows: list[Tensor] = []  # [n, U] what was heard, in order, if it may have to be read again
         place = (model.device, model.dtype)
         self.thinker = model.thinker.init_state(1, model.config.text.max_position_embeddings, *place)
         self.hidden: Tensor | None = None  # the Thinker's state at the last position read
@@ -254,6 +262,8 @@ class Conversation:
 
     def _begin_turn(self) -> None:
         if not self._open:
+            if self.lacks_room():
+                self.forget()
             self._add(self.writer.open("user"), user=True)
             self._open = True
 
@@ -323,6 +333,8 @@ class Conversation:
         x = self.model.embed_prompt(
             place, torch.cat(audio) if audio else None, torch.tensor(user, device=self.model.device)
         )
+        self._users += [False] * (len(self.ids) - len(self._users)) + user  # what it said itself is not the user's
+        self._rows += audio if self.retention is not None else []
         self.ids += ids
         self.note("prompt_ids", place)
         parts = [slice(start, start + size) for start in range(0, len(ids), size)]
@@ -331,6 +343,39 @@ class Conversation:
     def follow(self, chunk: Chunk, accept: Tensor) -> Tensor:
         """The Talker's input [1, n, W] of what is the user's in a chunk, whose states are `accept` [n, U]."""
         return self.model.embed_rows(user_rows([chunk.ids[i] for i in chunk.mine]), accept)
+
+    def lacks_room(self) -> bool:
+        """Whether the oldest turns are to be forgotten before another begins."""
+        used = len(self.ids) + len(self._ids)
+        return self.retention is not None and not self._open and used > (1 - TURN_ROOM) * self.thinker.capacity
+
+    def forget(self) -> int:
+        """Forget the oldest turns until `retention` is kept; returns how many positions were forgotten.
+
+        System turns stay, and so do whole turns of the latest. What stays is read again as if it were all that had been
+        said: that is rare, and exact.
+
+        Raises:
+            InputError: the conversation has no retention.
+        """
+        if self.retention is None:
+            raise InputError("this conversation forgets nothing; give it a retention")
+        keep = int(self.retention * self.thinker.capacity)
+        self._users += [False] * (len(self.ids) - len(self._users))
+        ids, users, heard = self.ids + self._ids, self._users + self._user, [*self._rows, *self._audio]
+        opening, audio = self.model.config.im_start_token_id, self.model.config.audio_token_id
+        starts = [i for i, (token, user) in enumerate(zip(ids, users, strict=True)) if user and token == opening]
+        system = starts[0] if starts else len(ids)
+        first = next((i for i in starts if system + len(ids) - i <= keep), len(ids))
+        gone = sum(user and token == audio for token, user in zip(ids[:first], users[:first], strict=True))
+        self.thinker.truncate(0)
+        if self.model.speech is not None:
+            self.talker.truncate(0)
+        self.ids, self._users, self._rows, self.user_length, self.answer = [], [], [], 0, None
+        self._ids, self._user = ids[:system] + ids[first:], users[:system] + users[first:]
+        self._audio = [torch.cat(heard)[gone:]] if heard else []
+        self._prefill()
+        return first - system
 
     # ------------------------------------------------------------------------------------ being cut off
 
@@ -360,6 +405,7 @@ class Conversation:
         self.thinker.truncate(self.answer.start + heard)
         self.ids = self.ids[: self.answer.start + heard]
         self._ids, self._user, self._audio = [], [], []
+        self._users = self._users[: len(self.ids)]
         unread = self.answer.text_ids[len(self.ids) - self.answer.start : heard]
         self._add([*unread, self.model.config.im_end_token_id, self.newline], user=False)
         self.answer.text_ids = self.answer.text_ids[:heard]
@@ -392,7 +438,7 @@ class Conversation:
         for name in ("thinker", "talker", "mtp", "code2wav"):
             if hasattr(self, name):
                 setattr(new, name, getattr(self, name).copy())
-        for name in ("ids", "_ids", "_user", "_audio"):
+        for name in ("ids", "_users", "_rows", "_ids", "_user", "_audio"):
             setattr(new, name, list(getattr(self, name)))
         new.ear = self.ear and self.ear.copy()
         new.answer, new.writer = copy.deepcopy(self.answer), copy.copy(self.writer)
@@ -416,6 +462,8 @@ class Conversation:
         tensors = {f"{n}.{k}": t for n, state in self._states().items() for k, t in state.tensors().items()}
         if self.hidden is not None:
             tensors["hidden"] = self.hidden
+        if self._rows:
+            tensors["heard"] = torch.cat(self._rows)
         if self._audio:
             tensors["pending_audio"] = torch.cat(self._audio)
         facts = {name: getattr(self, name) for name in _SAVED}
@@ -444,6 +492,7 @@ class Conversation:
         for name, state in session._states().items():
             state.load({k.removeprefix(name + "."): t for k, t in tensors.items() if k.startswith(name + ".")})
         session.hidden = tensors["hidden"].to(model.device) if "hidden" in tensors else None
+        session._rows = [tensors["heard"].to(model.device)] if "heard" in tensors else []
         session._audio = [tensors["pending_audio"].to(model.device)] if "pending_audio" in tensors else []
         return session
 
@@ -460,7 +509,7 @@ class Conversation:
         return function(*args)
 
 
-_SAVED = ("window", "generation", "turn", "ids", "user_length", "_open", "_ids", "_user")
+_SAVED = ("window", "retention", "generation", "turn", "ids", "user_length", "_open", "_users", "_ids", "_user")
 
 
 def _word_ends(text: str, longer: str) -> bool:

@@ -499,9 +499,10 @@ class Omni(Boxes):
         tools: Sequence[Mapping[str, Any]] = (),
         window: int | None = None,
         record: dict[str, list[Tensor]] | None = None,
+        retention: float | None = None,
     ) -> Session:
-        """A new conversation."""
-        return Session(self, system, tools, window, record)
+        """A new conversation; with `retention` it forgets its oldest turns rather than come to an end."""
+        return Session(self, system, tools, window, record, retention)
 
     def load_session(self, path: str | Path) -> Session:
         """A conversation that `Session.save` wrote."""

@@ -763,3 +763,79 @@ def test_ten_minutes_grow_by_cache_blocks_and_nothing_else():
     assert len({s[0] for s in seen}) == needed  # one block at a time
     reply = answer(session)
     assert len(reply.codes) == SHORT["max_frames"]
+
+
+# ---------------------------------------------------------------------------------------- long conversations
+
+
+def told(session: Session, numbers: range) -> None:
+    """Exchanges that have taken place: a sound and a question each, and what was answered."""
+    for n in numbers:
+        heard = {"type": "audio", "audio": (sound(0.5 + 0.2 * (n % 3), seed=n), 16000)}
+        session.append_message({"role": "user", "content": [heard, {"type": "text", "text": f"question {n}"}]})
+        session.append_message({"role": "assistant", "content": f"the answer number {n}"})
+
+
+def asked(session: Session, seed: int = 5) -> Reply:
+    session.append_audio(sound(0.7, seed=9), 16000)
+    return collect(session.respond(seed=seed, max_frames=6, max_text_tokens=6))
+
+
+def test_a_conversation_that_forgot_is_as_if_it_had_not_been_told():
+    short = {f"{box}_config.text_config.max_position_embeddings": 320 for box in ("thinker", "talker")}
+    model = omni(short)
+    whole = model.session("Be brief.", retention=0.5)
+    numbers = 0
+    while not whole.lacks_room():
+        told(whole, range(numbers, numbers + 1))
+        numbers += 1
+    forked = whole.copy()
+    forgotten = whole.forget()
+    kept = len(whole.ids)
+    assert forgotten > 0
+    assert kept <= 160
+    for first in range(numbers):
+        latest = model.session("Be brief.")
+        told(latest, range(first, numbers))
+        latest.commit()
+        if latest.ids == whole.ids:
+            break
+    else:
+        raise AssertionError("what was kept are no whole turns")
+    assert first > 0
+    reply = asked(whole)
+    same = asked(latest)
+    assert (reply.text_ids, reply.codes.tolist()) == (same.text_ids, same.codes.tolist())
+    assert asked(forked).text_ids == reply.text_ids, "a turn that begins forgets by itself"
+
+
+def test_a_conversation_may_go_on_for_ever():
+    short = {f"{box}_config.text_config.max_position_embeddings": 240 for box in ("thinker", "talker")}
+    session, lengths = omni(short).session("Be brief.", window=1, retention=0.6), []
+    for turn in range(16):
+        assert asked(session, turn).finish
+        if turn % 3 == 1:
+            session.truncate(80)
+        lengths.append(len(session.ids))
+    assert sum(b < a for a, b in pairwise(lengths)) >= 2
+    system = omni(short).session("Be brief.")
+    system.commit()
+    assert session.ids[: len(system.ids)] == system.ids
+
+
+def test_a_conversation_that_forgets_can_be_saved(tmp_path):
+    short = {f"{box}_config.text_config.max_position_embeddings": 240 for box in ("thinker", "talker")}
+    model = omni(short)
+    session = model.session(window=1, retention=0.6)
+    for turn in range(4):
+        asked(session, turn)
+    session.save(tmp_path / "session")
+    resumed = model.load_session(tmp_path / "session")
+    for turn in range(4, 9):
+        assert asked(session, turn).text_ids == asked(resumed, turn).text_ids
+
+
+@pytest.mark.parametrize("retention", [0.0, -1.0, 0.95, 2.0])
+def test_a_retention_that_is_no_share_is_refused(retention):
+    with pytest.raises(InputError, match="expected a share above 0"):
+        omni().session(retention=retention)

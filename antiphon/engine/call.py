@@ -335,7 +335,7 @@ class Call:
         """What is to be done now: one after another, none while an answer is given, some only when all is read."""
         if not self.wishes or self.turn is not None:
             return None
-        if self.wishes[0].settled and (self.reading or self.following):
+        if (self.wishes[0].settled or self.session.lacks_room()) and (self.reading or self.following):
             return None
         return self.wishes.popleft()
 

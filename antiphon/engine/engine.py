@@ -30,6 +30,7 @@ from antiphon.generate import Omni
 
 KEPT_WORK = 100_000  # batches in the timeline
 PREFIXES = 16  # system turns whose caches are kept
+RETENTION = 0.8  # of the model's positions, that a long conversation keeps
 IN_TIME = 0.8  # of a frame, that the steps of a full house may take
 TRIED = 10  # frames
 RETRY = 5.0  # seconds after which one who was refused may ask again: about an answer's length
@@ -62,15 +63,21 @@ class Engine:
     # ------------------------------------------------------------------------------------- conversations
 
     def open(
-        self, system: str | None = None, tools: Sequence[Mapping[str, Any]] = (), window: int | None = None
+        self,
+        system: str | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        window: int | None = None,
+        retention: float | None = RETENTION,
     ) -> Call:
-        """A new conversation.
+        """A new conversation; it forgets its oldest turns rather than come to an end, unless `retention` is None.
 
         Raises:
             BusyError: there are as many as the machine keeps in time.
-            InputError: a window or tools of another form.
+            InputError: a window, tools or a retention of another form.
         """
-        return self.adopt(self._begun(system, tools, window))
+        session = self._begun(system, tools, window)
+        session.retention = retention
+        return self.adopt(session)
 
     def adopt(self, session: EngineSession) -> Call:
         """A conversation that goes on: a fork of another (`Call.copy`), or one that `load` read.
