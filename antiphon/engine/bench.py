@@ -42,6 +42,7 @@ class Load:
     turns: int = 2  # of each
     uploaded: bool = False  # whole questions at once, instead of in real time
     max_frames: int = 50
+    window: int | None = None  # seconds AuT attends over
 
 
 @dataclass
@@ -88,7 +89,7 @@ def _converse(
     answers: list[Answered],
 ) -> None:
     """One who asks, listens to the end, and asks again."""
-    call = engine.open()
+    call = engine.open(window=load.window)
     frame = engine.seconds
     _sleep_until(begun + 0.37 * number)  # nobody begins together
     for turn in range(load.turns):

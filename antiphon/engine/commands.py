@@ -17,10 +17,21 @@ from rich.table import Table
 
 from antiphon.audio import Samples, read_audio
 from antiphon.engine.bench import Load, run, trace_of
+from antiphon.engine.engine import LIVE_WINDOW
 from antiphon.engine.pictures import latency, moment
 from antiphon.errors import InputError
 from antiphon.files import write_text
-from antiphon.terminal import DeviceOption, Dtype, DtypeOption, FrameLimit, JsonOption, Model, load_model, say
+from antiphon.terminal import (
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    FrameLimit,
+    JsonOption,
+    Model,
+    WindowOption,
+    load_model,
+    say,
+)
 
 TONE = 3.0  # seconds of a question where none is given
 
@@ -38,6 +49,7 @@ def bench(
         bool, typer.Option(help="Upload whole questions, as others measure, instead of in real time.")
     ] = False,
     max_frames: FrameLimit = 50,
+    window: WindowOption = LIVE_WINDOW,
     timeline: Annotated[Path | None, typer.Option(help="Write what ran when, as a Chrome trace.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw what ran around the end of the first question.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw latency over load.")] = None,
@@ -55,7 +67,7 @@ def bench(
     omni = load_model(model, device, dtype)
     if omni.speech is None:
         raise InputError("this checkpoint has no Talker and cannot speak; bench measures spoken answers")
-    loads = [Load(c, turns, uploaded, max_frames) for c in many]
+    loads = [Load(c, turns, uploaded, max_frames, window) for c in many]
     columns = (TextColumn("conversations held"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=say, transient=True) as progress:
         runs = list(progress.track(run(omni, asked, loads), total=len(loads)))

@@ -30,6 +30,7 @@ from antiphon.generate import Omni
 
 KEPT_WORK = 100_000  # batches in the timeline
 PREFIXES = 16  # system turns whose caches are kept
+LIVE_WINDOW = 2  # seconds AuT attends over where somebody waits for the answer (docs/performance.md); released is 8
 RETENTION = 0.8  # of the model's positions, that a long conversation keeps
 IN_TIME = 0.8  # of a frame, that the steps of a full house may take
 TRIED = 10  # frames
