@@ -12,7 +12,7 @@ Shapes: R rows (one conversation each), L layers, H heads, S slots, D head size,
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import accumulate, repeat
 from typing import Any, Protocol, Self
@@ -83,19 +83,25 @@ class State:
         """Rows `start` to `stop`, sharing memory: stepping the view steps those rows of this state."""
         return self._map(lambda tensor, dim: tensor.narrow(dim, start, stop - start))
 
-    def join(self, others: Sequence[Self]) -> Self:
-        """Copies of the rows of this state and of `others`, one after another, as one state; for fixed sizes only."""
-        every = [list(state._tensors()) for state in (self, *others)]
-        joined = iter([torch.cat([t for _, _, t in same], same[0][1]) for same in zip(*every, strict=True)])
-        return self._map(lambda tensor, dim: next(joined))
+    def over(self, tensors: Iterable[Tensor]) -> Self:
+        """This state with other tensors in the place of its own, in the order of `tensors()`."""
+        given = iter(tensors)
+        return self._map(lambda tensor, dim: next(given))
 
-    def part(self, states: Sequence[Self]) -> None:
-        """Give each of `states` its rows of this one, which `join` made of them; further rows are left over."""
+    def take_in(self, states: Sequence[Self]) -> None:
+        """Copy the rows of `states`, one after another, into the first rows of this one; for fixed sizes only."""
+        self._share(states, lambda mine, theirs: mine.copy_(theirs))
+
+    def give_back(self, states: Sequence[Self]) -> None:
+        """Copy the first rows of this one back to `states`, from which `take_in` has them."""
+        self._share(states, lambda mine, theirs: theirs.copy_(mine))
+
+    def _share(self, states: Sequence[Self], copied: Callable[[Tensor, Tensor], Tensor]) -> None:
         every = [list(state._tensors()) for state in states]
         for (_, dim, whole), *own in zip(self._tensors(), *every, strict=True):
             start = 0
             for _, _, tensor in own:
-                tensor.copy_(whole.narrow(dim, start, tensor.shape[dim]))
+                copied(whole.narrow(dim, start, tensor.shape[dim]), tensor)
                 start += tensor.shape[dim]
 
     def load(self, tensors: dict[str, Tensor]) -> None:

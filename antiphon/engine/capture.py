@@ -1,7 +1,7 @@
 """A step of fixed shapes, recorded once and replayed: no Python between its kernels.
 
-On CUDA it is a graph, on a CPU a traced function; both record the very statements of the boxes. What the step keeps
-(a cache of a fixed size) is changed in place, so the recording finds it again.
+On CUDA it is a graph, on a CPU a traced function; both record the very statements of the boxes. A step keeps a state of
+a fixed size, which is changed in place.
 """
 
 from __future__ import annotations
@@ -13,36 +13,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from antiphon.streaming import State
+
 Step = Callable[..., tuple[Tensor, ...]]
 
 
-def capture(step: Step, examples: Sequence[Tensor]) -> Step:
-    """`step` for inputs of the shapes of `examples`, on whose device it runs; what it gives is valid until the next.
+def capture(step: Step, state: State, examples: Sequence[Tensor]) -> Step:
+    """`step(state, *inputs)` as a function of inputs of the shapes of `examples`, on whose device it runs.
 
-    The step is run on the examples, so what it keeps is changed.
+    The state is changed in place, by the recording too; what a call gives is valid until the next.
     """
-    step(*examples)  # what is made on first use (tables, constants) is no part of the recording
-    return _graph(step, examples) if examples[0].is_cuda else _trace(step, examples)
+    step(state, *examples)  # what is made on first use (tables, constants) is no part of the recording
+    return _graph(step, state, examples) if examples[0].is_cuda else _trace(step, state, examples)
 
 
-def _trace(step: Step, examples: Sequence[Tensor]) -> Step:
+def _trace(step: Step, state: State, examples: Sequence[Tensor]) -> Step:
+    kept, count = list(state.tensors().values()), len(examples)
+
+    def whole(*given: Tensor) -> tuple[Tensor, ...]:
+        return step(state.over(given[count:]), *given[:count])  # what is no input counts as constant, and is folded
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # sizes are fixed, as they are meant to be
-        traced: Any = torch.jit.trace(step, tuple(examples), check_trace=False)
-    return traced
+        traced: Any = torch.jit.trace(whole, (*examples, *kept), check_trace=False)
+    return lambda *inputs: traced(*inputs, *kept)
 
 
-def _graph(step: Step, examples: Sequence[Tensor]) -> Step:
+def _graph(step: Step, state: State, examples: Sequence[Tensor]) -> Step:
     inputs = [example.clone() for example in examples]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
-            step(*inputs)
+            step(state, *inputs)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outputs = step(*inputs)
+        outputs = step(state, *inputs)
 
     def replay(*given: Tensor) -> tuple[Tensor, ...]:
         for own, value in zip(inputs, given, strict=True):

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from antiphon.binding import bound
+from antiphon.code2wav import Code2WavState
 from antiphon.engine.call import CHUNK, Call, House, Turn, Work
 from antiphon.engine.capture import Step, capture
 from antiphon.generate import AudioDelta, Done, reply_of
@@ -203,15 +204,13 @@ class Speaking(Lane):
         self.speech = speech = house.model.speaking()
         self.talk, self.predict, self.decode = bound(speech.talker), speech.mtp.bind_predict(), bound(speech.code2wav)
         self.suppress = speech.talker.suppressed(house.model.device)
-        self.captured = dict[tuple[Sampling, int], Step]()  # MTP, by how codes are drawn and rows
+        self.records = dict[tuple[Sampling, int], tuple[Step, Code2WavState]]()
 
     def warm(self, conversations: int) -> None:
-        """Record MTP for every number of rows up to that of the conversations, as the release draws."""
+        """Record a frame for every number of rows up to that of the conversations, drawn as the release draws."""
         for rows in BUCKETS[: bisect.bisect_left(BUCKETS, conversations) + 1]:
-            step, width = self.residual(MTP, rows), self.speech.talker.config.text.hidden_size
-            zeros = torch.zeros(rows, width, device=self.model.device, dtype=self.model.dtype)
             for _ in range(3):  # a recording is made better in its first runs
-                step(zeros, zeros, self.noise([NoiseKey(0, 0, 0, 0)], rows))
+                self.recorded(MTP, rows)[0](*self.examples(rows))
 
     def caches(self, call: Call) -> list[KVCache]:
         """The Talker's."""
@@ -310,31 +309,39 @@ class Speaking(Lane):
         The states [B, W] gave the codes [B] of codebook 0.
         """
         hidden, rows = padded_rows(hidden)
-        code = F.pad(code, (0, rows - len(some)))
-        first = self.speech.talker.model.codec_embedding(code)
-        keys = [turn.speech.key(turn.frames, 0) for _, turn in some]
-        codes, residue = self.residual(way, rows)(hidden, first, self.noise(keys, rows))
-        codes = torch.cat([code[:, None], codes], 1)
+        step, state = self.recorded(way, rows)
+        noise = self.noise([turn.speech.key(turn.frames, 0) for _, turn in some], rows)
         own = [call.session.code2wav for call, _ in some]
-        state = own[0].join(own[1:] + own[:1] * (rows - len(own)))
-        wave = self.decode(codes[:, None], state)
-        state.part(own)
+        state.take_in(own)
+        codes, residue, wave = step(hidden, F.pad(code, (0, rows - len(some))), noise)
+        state.give_back(own)
         calls, turns = zip(*some, strict=True)
         return zip(calls, turns, codes.cpu(), residue.clone(), wave.float().cpu(), strict=False)
 
-    def residual(self, way: Sampling, rows: int) -> Step:
-        """MTP on so many rows: states and embeddings [B, W] of code 0 and noise -> the other codes and their sum."""
-        if (way, rows) not in self.captured:
-            mtp, place = self.speech.mtp, (self.model.device, self.model.dtype)
-            scratch, width = mtp.init_state(rows, *place), self.speech.talker.config.text.hidden_size
+    def recorded(self, way: Sampling, rows: int) -> tuple[Step, Code2WavState]:
+        """MTP and Code2Wav on so many rows, and the state that they change.
 
-            def step(hidden: Tensor, first: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-                codes, rest = self.predict(hidden, first, lambda x, book: choose(x, way, noise[:, book - 1]), scratch)
-                return codes, first + rest
+        States [B, W] and codes [B] of codebook 0 and noise -> all codes [B, Q], their sum [B, W], samples [B, 1920].
+        """
+        if (way, rows) not in self.records:
+            speech, place = self.speech, (self.model.device, self.model.dtype)
+            scratch, state = speech.mtp.init_state(rows, *place), speech.code2wav.init_state(rows, *place)
 
-            zeros = torch.zeros(rows, width, device=place[0], dtype=place[1])
-            self.captured[way, rows] = capture(step, (zeros, zeros, self.noise([NoiseKey(0, 0, 0, 0)], rows)))
-        return self.captured[way, rows]
+            def step(kept: Code2WavState, hidden: Tensor, code: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+                first = speech.talker.model.codec_embedding(code)
+                rest, total = self.predict(hidden, first, lambda x, book: choose(x, way, noise[:, book - 1]), scratch)
+                codes = torch.cat([code[:, None], rest], 1)
+                return codes, first + total, self.decode(codes[:, None], kept)
+
+            self.records[way, rows] = capture(step, state, self.examples(rows)), state
+        return self.records[way, rows]
+
+    def examples(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What `recorded` steps may be given."""
+        hidden = torch.zeros(rows, self.speech.talker.config.text.hidden_size, dtype=self.model.dtype)
+        code = torch.zeros(rows, dtype=torch.long)
+        noise = self.noise([NoiseKey(0, 0, 0, 0)], rows)
+        return hidden.to(self.model.device), code.to(self.model.device), noise
 
     def noise(self, keys: Sequence[NoiseKey], rows: int) -> Tensor:
         """Noise [B, Q - 1, V] of all draws of a frame whose first have these keys."""
