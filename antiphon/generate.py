@@ -205,34 +205,46 @@ class Session(Conversation):
     def speak(self, words: Iterable[str], options: Options | None = None, **changes: Any) -> Iterator[Event]:
         """Say text that comes from elsewhere (another language model, say), piece by piece as it arrives."""
         self._settled()
-        options = _options(options, changes)
-        speaker = self._speaker(options)
+        chosen, speaker = self.how_to_speak(options, changes)
+        return self._speak(token_stream(words, self.model), chosen, speaker)
+
+    def how_to_speak(self, options: Options | None, changes: Mapping[str, Any]) -> tuple[Options, int | Tensor]:
+        """As `how_to_answer`, for text that comes from elsewhere."""
+        chosen = _options(options, dict(changes))
+        speaker = self._speaker(chosen)
         if speaker is None:
             raise InputError("speak needs audio; leave audio=True")
-        if not isinstance(words, Iterable):
-            raise InputError(f"speak needs text or pieces of text, not {type(words).__name__}")
-        return self._speak(_token_stream(words, self.model), options, speaker)
+        return chosen, speaker
 
     @torch.inference_mode()
     def _speak(self, ids: Iterator[int], options: Options, speaker: int | Tensor) -> Iterator[Event]:
         self._settled()
-        clock = Phases()
-        self.turn += 1
-        self._read()
-        self._answering = True
         said: list[int] = []
-        speech = Utterance(self, options, clock, speaker)
+        self._read()
+        thought, speech = self.begin_speech(options, speaker, said, Phases())
         words = _noting(ids, said)
         try:
             for samples in speech.frames(words if options.verbatim else spoken(words, self.model.tokenizer)):
-                clock.mark("first_audio")
+                thought.clock.mark("first_audio")
                 yield AudioDelta(samples, len(speech.codes) - 1, speech.sample_rate)
         finally:
-            self._answering = False
-            self.talker.truncate(self.user_length)
+            self.close_speech()
+        yield Done(reply_of(self.model, thought, speech, thought.clock))
+
+    def begin_speech(
+        self, options: Options, speaker: int | Tensor, said: list[int], clock: Phases
+    ) -> tuple[Thought, Utterance]:
+        """What says the tokens `said`, as they come to be; they are no part of the conversation."""
+        self.turn += 1
+        self._answering = True
         thought = Thought(self, options, clock, self.generation)
         thought.ids, thought.finish = said, "stop"
-        yield Done(reply_of(self.model, thought, speech, clock))
+        return thought, Utterance(self, options, clock, speaker)
+
+    def close_speech(self) -> None:
+        """Cut the Talker back to the user's turns."""
+        self._answering = False
+        self.talker.truncate(self.user_length)
 
 
 class Thought(Iterator[int]):
@@ -439,8 +451,18 @@ def _options(options: Options | None, changes: dict[str, Any]) -> Options:
     return replace(options or Options(), **changes)
 
 
-def _token_stream(words: Iterable[str], model: Boxes) -> Iterator[int]:
-    """Ids of text that arrives in pieces: those of the whole text. The last word waits, since it may go on."""
+def token_stream(words: Iterable[str], model: Boxes) -> Iterator[int]:
+    """Ids of text that arrives in pieces: those of the whole text. The last word waits, since it may go on.
+
+    Raises:
+        InputError: neither text nor pieces of text, at once or when the piece comes.
+    """
+    if not isinstance(words, Iterable):
+        raise InputError(f"speak needs text or pieces of text, not {type(words).__name__}")
+    return _tokens(words, model)
+
+
+def _tokens(words: Iterable[str], model: Boxes) -> Iterator[int]:
     held = ""
     for piece in [words] if isinstance(words, str) else words:
         if not isinstance(piece, str):

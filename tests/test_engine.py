@@ -242,6 +242,31 @@ def test_one_that_raises_ends_alone(monkeypatch, place):
             bad.append_text("more").result()
 
 
+def test_text_from_elsewhere_is_said_and_is_no_part_of_the_conversation():
+    engine = Engine(model())
+    call, other = engine.open(window=1), engine.open()
+    say(call, 1)
+    asked = call.respond(**options(1))
+    read = call.speak("Read *this* aloud, please.", seed=3, max_frames=9)
+    beside = other.speak("Something else", seed=4, max_frames=5, verbatim=True)
+    engine.run()
+    session = Session(model(), window=1)
+    say(session, 1)
+    same(collect(session.respond(**options(1))), asked.reply())
+    cut = call.truncate(80)
+    engine.run()
+    assert cut.result() == session.truncate(80), "what was read aloud stands in the answer"
+    session = Session(model(), window=1)
+    say(session, 1)
+    collect(session.respond(**options(1)))
+    same(collect(session.speak(["Read *this* aloud, please."], seed=3, max_frames=9)), read.reply())
+    same(collect(model().speak("Something else", seed=4, max_frames=5, verbatim=True)), beside.reply())
+    refused = call.speak("no", audio=False)
+    engine.run()
+    with pytest.raises(InputError, match="speak needs audio"):
+        refused.reply()
+
+
 def test_wrong_input_is_told_to_who_gave_it_and_the_conversation_goes_on():
     engine = Engine(model())
     call = engine.open()

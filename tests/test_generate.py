@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from antiphon.audio import pcm16
 from antiphon.chat import ToolCall
-from antiphon.generate import AudioDelta, Done, Event, Omni, Reply, TextDelta, Thought, collect, load
-from antiphon.generate import _token_stream as token_stream
+from antiphon.generate import AudioDelta, Done, Event, Omni, Reply, TextDelta, Thought, collect, load, token_stream
 from antiphon.sampling import GREEDY, Sampling
 from antiphon.spoken import spoken
 from antiphon.talker import talker_prompt

@@ -22,7 +22,18 @@ from torch import Tensor
 from antiphon.config import OmniConfig
 from antiphon.conversation import Chunk
 from antiphon.errors import InputError
-from antiphon.generate import AudioDelta, Done, Event, Options, Reply, Session, Thought, Utterance, collect
+from antiphon.generate import (
+    AudioDelta,
+    Done,
+    Event,
+    Options,
+    Reply,
+    Session,
+    Thought,
+    Utterance,
+    collect,
+    token_stream,
+)
 from antiphon.model import Boxes
 from antiphon.spoken import Spoken
 
@@ -161,10 +172,11 @@ class Turn:
 
     events: Answering
     speech: Utterance
-    thought: Thought | None  # none where the text comes from elsewhere
+    thought: Thought
     words: list[int] = field(default_factory=list)  # that the Talker may have
     made: list[int] = field(default_factory=list)  # for each, the answer's tokens by then
     complete: bool = False  # no more words come
+    told: bool = False  # its text comes from elsewhere and is no part of the conversation
     spoken: bool = False  # no more frames come
     ahead: float | None = None  # seconds that sound may be ahead of who listens to it; None is any
     generation: int = 0  # of the session: with another, the answer is cancelled
@@ -180,7 +192,7 @@ class Turn:
     @property
     def is_over(self) -> bool:
         """Whether both its text and its sound have come to an end."""
-        return self.spoken and (self.thought is None or self.thought.finish is not None)
+        return self.spoken and self.thought.finish is not None
 
     def due(self, seconds: float) -> float:
         """When the next frame, each of `seconds`, has to be there, for a listener who began with the first."""
@@ -192,7 +204,6 @@ class Turn:
 
     def take(self, token: int) -> None:
         """The next token of the answer's text: events, and the words that are certain now."""
-        assert self.thought is not None
         if self.thought.take(token):
             self.say([token] if self.filter is None else self.filter.push(token))
         if self.thought.finish is not None:
@@ -202,8 +213,7 @@ class Turn:
 
     def say(self, words: list[int]) -> None:
         """More words for the Talker."""
-        made = 0 if self.thought is None else len(self.thought.ids)
-        self.made += [made] * len(words)
+        self.made += [len(self.thought.ids)] * len(words)
         self.words += words
 
     def end_text(self) -> None:
@@ -219,8 +229,7 @@ class Turn:
 
     def tokens_by(self, frame: int) -> int:
         """Tokens of the answer that the readable loop would have made when `frame` comes."""
-        total = 0 if self.thought is None else len(self.thought.ids)
-        return self.made[frame] if frame < len(self.made) else total
+        return self.made[frame] if frame < len(self.made) else len(self.thought.ids)
 
 
 class Call:
@@ -285,6 +294,19 @@ class Call:
         events.asked_at = self._house.now()
         self._asked.append(events)
         self._wish(lambda: self._begin(events, options, ahead, changes)).add_done_callback(lambda d: _tell(events, d))
+        return events
+
+    def speak(
+        self, text: str, options: Options | None = None, *, ahead: float | None = None, **changes: Any
+    ) -> Answering:
+        """Say text that comes from elsewhere, as `Session.speak`; it is no part of the conversation."""
+        self._forget()
+        events = Answering(self._house.wake)
+        events.asked_at = self._house.now()
+        self._asked.append(events)
+        self._wish(lambda: self._begin_speech(events, text, options, ahead, changes)).add_done_callback(
+            lambda d: _tell(events, d)
+        )
         return events
 
     def guess(self, options: Options | None = None, **changes: Any) -> None:
@@ -372,6 +394,25 @@ class Call:
         words = None if options.verbatim else Spoken(session.model.tokenizer)
         self.turn = Turn(events, speech, thought, ahead=ahead, spoken=speaker is None, filter=words)
         self.turn.generation = session.generation
+        if events.cancelled:
+            session.cancel()
+
+    def _begin_speech(
+        self, events: Answering, text: str, options: Options | None, ahead: float | None, changes: Mapping[str, Any]
+    ) -> None:
+        session, model = self.session, self.session.model
+        self._asked.remove(events)
+        chosen, speaker = session.how_to_speak(options, changes)
+        ids = list(token_stream([text], model))
+        session.clock.begin()
+        thought, speech = session.begin_speech(chosen, speaker, [], session.clock)
+        words = None if chosen.verbatim else Spoken(model.tokenizer)
+        self.turn = turn = Turn(events, speech, thought, told=True, ahead=ahead, filter=words)
+        turn.generation = session.generation
+        for token in ids:
+            thought.ids.append(token)
+            turn.say([token] if words is None else words.push(token))
+        turn.end_text()
         if events.cancelled:
             session.cancel()
 

@@ -142,7 +142,8 @@ class Thinking(Lane):
                 x = call.reading[0].x
                 if len(x) <= room or not reads:
                     room, reads[call] = room - len(x), x
-            elif (turn := call.turn) and (thought := turn.thought):
+            elif turn := call.turn:
+                thought = turn.thought
                 if thought.is_over():
                     turn.end_text()
                 elif turn.spoken or len(turn.words) - turn.frames < WORDS_AHEAD:
@@ -162,21 +163,21 @@ class Thinking(Lane):
                 chunk = call.reading.popleft()
                 if chunk.mine and self.model.speech is not None:
                     call.following.append((chunk, tapped[chunk.mine]))
-            elif call.turn and call.turn.thought:
+            elif call.turn:
                 call.turn.thought.read()
 
     def is_drawing(self, call: Call) -> bool:
         """Whether a call's answer has been read up to its next token."""
         turn = call.turn
-        return bool(turn and turn.thought and not call.reading and not turn.thought.is_over())
+        return turn is not None and not call.reading and not turn.thought.is_over()
 
     def draw(self, calls: Sequence[Call]) -> None:
         """The next token of every answer."""
         states = torch.cat([call.session.hidden for call in calls if call.session.hidden is not None])
         logits = self.model.thinker.logits(padded_rows(states)[0])[: len(calls)]
-        turns = [(turn, turn.thought) for call in calls if (turn := call.turn) and turn.thought]
-        tokens = choose_each(logits, [t.options.text for _, t in turns], [t.key for _, t in turns])
-        for (turn, _), token in zip(turns, tokens.tolist(), strict=True):
+        turns = [turn for call in calls if (turn := call.turn)]
+        tokens = choose_each(logits, [t.thought.options.text for t in turns], [t.thought.key for t in turns])
+        for turn, token in zip(turns, tokens.tolist(), strict=True):
             turn.take(token)
 
     def close(self, call: Call) -> bool:
@@ -185,12 +186,15 @@ class Thinking(Lane):
         if turn is None or not turn.is_over or call.following:
             return False
         session, thought = call.session, turn.thought
-        if thought is not None:
+        if turn.told:
+            session.close_speech()
+            del thought.ids[turn.tokens_by(turn.frames - (turn.speech.finish == "length")) :]  # what nobody came to say
+        else:
             if turn.speech.finish == "cancelled":  # history holds no more than the readable loop would have made
                 thought.cut(turn.tokens_by(turn.frames - 1) if turn.frames else 0)
             session.close_answer(thought, turn.speech)
-            call.turn = None
-            turn.events.put(Done(reply_of(self.model, thought, turn.speech, thought.clock)))
+        call.turn = None
+        turn.events.put(Done(reply_of(self.model, thought, turn.speech, thought.clock)))
         return True
 
 
@@ -356,7 +360,7 @@ class Speaking(Lane):
         turn.first_at = self.house.now() if turn.first_at is None else turn.first_at
         turn.residue, turn.speech.seen[0, codes[0]] = residue, True
         samples = turn.speech.add(codes, wave)
-        if call.session.answer is not None:
+        if call.session.answer is not None and not turn.told:
             call.session.answer.frames.append(turn.tokens_by(turn.frames - 1))
         turn.events.put(AudioDelta(samples, turn.frames - 1, turn.speech.sample_rate))
 
