@@ -11,10 +11,10 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeAlias, TypeVar
 from unicodedata import category
 
 import torch
@@ -35,6 +35,10 @@ WINDOWS = (1, 2, 4, 8)  # seconds AuT may attend over
 # scripts without spaces: Thai and Lao, Burmese, Khmer, kana, Han
 UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")
 TOKENS_PER_SECOND = 4.5  # of speech, where an answer was cut off before its own rate was known
+
+
+Made = TypeVar("Made")
+Steps: TypeAlias = Generator[None, None, Made]  # work that others can come between
 
 
 @dataclass
@@ -110,6 +114,8 @@ class Conversation:
             the model's positions is in use; None forgets nothing, and a conversation that is full raises CapacityError.
     """
 
+    slice = MAX_SECONDS  # of a whole clip, that are heard at once; less lets others come between
+
     def __init__(
         self,
         model: Boxes,
@@ -129,7 +135,7 @@ class Conversation:
         self.turn = 0
         self.clock = Phases()  # of this turn; it hears before it is to answer
         self.ids: list[int] = []  # everything the Thinker has read or said
-        self._users: list[int] = []  # which of them are the user's, up to the last prompt
+        self._users: list[bool] = []  # which of them are the user's, up to the last prompt
         self._rows: list[Tensor] = []  # [n, U] what was heard, in order, if it may have to be read again
         place = (model.device, model.dtype)
         self.thinker = model.thinker.init_state(1, model.config.text.max_position_embeddings, *place)
@@ -198,8 +204,12 @@ class Conversation:
         Raises:
             AudioError: samples that are no sound.
         """
+        whole(self.clip_steps(samples, rate))
+
+    def clip_steps(self, samples: Any, rate: int) -> Steps[None]:
+        """`append_clip`, to be gone through: a step is at most `slice` seconds of sound."""
         self._settled()
-        self._add_clip(self._listen(self._encode, check_samples(samples, rate), rate))
+        self._add_clip((yield from self._encode(check_samples(samples, rate), rate)))
 
     def _add_clip(self, features: Tensor) -> None:
         self._begin_turn()
@@ -217,13 +227,19 @@ class Conversation:
         Raises:
             InputError, AudioError: a message of another form, or sound that cannot be used.
         """
+        whole(self.message_steps(message))
+
+    def message_steps(self, message: Mapping[str, Any]) -> Steps[None]:
+        """`append_message`, to be gone through: a step is at most `slice` seconds of sound."""
         self._settled()
         if not isinstance(message, Mapping):
             raise InputError('a message must have the form {"role": …, "content": …}')
         role = message.get("role")
         if role == "user":
             read = [read_part(part) for part in parts_of(message)]
-            parts = [part if isinstance(part, str) else self._listen(self._encode, *part) for part in read]
+            parts = list[str | Tensor]()
+            for part in read:
+                parts.append(part if isinstance(part, str) else (yield from self._encode(*part)))
             self._begin_turn()
             for part in parts:
                 self.append_text(part) if isinstance(part, str) else self._add_clip(part)
@@ -278,16 +294,31 @@ class Conversation:
         with self.clock("aut"):
             return self._grad_free(hear, *args)
 
-    def _encode(self, samples: Samples, rate: int) -> Tensor:
-        """Audio embeddings [n, U] of a whole clip [N]."""
+    def _encode(self, samples: Samples, rate: int) -> Steps[Tensor]:
+        """Audio embeddings [n, U] of a whole clip [N], `slice` seconds of it at a time."""
         model, front = self.model, self.model.config.audio.mel
         dtype = torch.promote_types(model.dtype, torch.float32)
-        wave = Resampler(rate, front.sample_rate).to(model.device)(
-            torch.from_numpy(samples)[None].to(model.device, dtype)
-        )
-        mel = model.log_mel(wave)
+        wave = torch.from_numpy(samples)[None].to(model.device, dtype)
+        resampler = Resampler(rate, front.sample_rate).to(model.device)
+        tail, held = resampler.init_state(1, model.device, dtype), model.log_mel.init_state(1, model.device, dtype)
+
+        def measure(x: Tensor, last: bool) -> Tensor:
+            return model.log_mel(resampler(x, tail, last), held, last)
+
+        mels = []
+        for piece, last in _pieces(wave, self.slice * rate):
+            mels.append(self._listen(measure, piece, last))
+            yield
+        mel = torch.cat(mels, 1)
         self.note("mel", mel[0])
-        return model.aut(mel, window=self.window, peak=mel.amax((1, 2)))[0]
+        peak = mel.amax((1, 2))
+        seconds = self.window * max(1, int(self.slice / self.window))  # whole windows
+        chunk = model.config.audio.chunk_frames
+        state, features = model.aut.init_state(1, model.device, dtype, self.window), []
+        for piece, last in _pieces(mel, seconds * chunk):
+            features.append(self._listen(lambda x, end: model.aut(x, state, end, peak=peak), piece, last)[0])
+            yield
+        return torch.cat(features)
 
     # -------------------------------------------------------------------------------------- reading
 
@@ -509,7 +540,24 @@ class Conversation:
         return function(*args)
 
 
+def _pieces(x: Tensor, size: float) -> Iterator[tuple[Tensor, bool]]:
+    """x [1, T, …] in pieces of `size` steps, and whether one is the last."""
+    count = x.shape[1]
+    size = int(min(size, count))
+    for start in range(0, count, size):
+        yield x[:, start : start + size], start + size >= count
+
+
 _SAVED = ("window", "retention", "generation", "turn", "ids", "user_length", "_open", "_users", "_ids", "_user")
+
+
+def whole(steps: Steps[Made]) -> Made:
+    """What steps make, gone through at once."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 def _word_ends(text: str, longer: str) -> bool:

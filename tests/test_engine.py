@@ -12,7 +12,7 @@ from antiphon.audio import Samples
 from antiphon.engine import Answering, Call, Engine
 from antiphon.engine.call import CHUNK, KEPT_FRAMES, EngineSession
 from antiphon.engine.lanes import Speaking, Thinking
-from antiphon.errors import BusyError, InputError
+from antiphon.errors import BusyError, CapacityError, InputError
 from antiphon.generate import AudioDelta, Event, Reply, Session, collect
 from antiphon.sampling import GREEDY, Sampling
 from tests.models import CPU, omni
@@ -450,6 +450,39 @@ def test_closing_in_the_middle_of_a_prompt_leaves_nothing_behind():
     assert events.reply().finish == "cancelled"
     with pytest.raises(InputError, match="left the engine"):
         call.append_text("more").result()
+
+
+def test_a_long_upload_lets_the_others_come_between():
+    engine = Engine(model())
+    talking, uploading = engine.open(), engine.open(window=2)
+    talking.append_text("hello")
+    events = talking.respond(seed=4, max_frames=30, max_text_tokens=400, verbatim=True)
+    sound = clip(1, 60)
+    heard = uploading.append_message({"role": "user", "content": [{"type": "audio", "audio": (sound, RATE)}]})
+    streamed = uploading.append_audio(sound, RATE)
+    seen = list[tuple[bool, int]]()
+    engine.run(lambda: bool(seen.append((heard.done(), events.kept))))
+    assert max(frames for done, frames in seen if not done) > 20, "the answer waited for the upload"
+    assert heard.result() is None
+    assert streamed.result() is None
+    session = Session(model(), window=2)
+    session.append_message({"role": "user", "content": [{"type": "audio", "audio": (sound, RATE)}]})
+    session.append_audio(sound, RATE)
+    asked = uploading.respond(max_frames=4, max_text_tokens=5)
+    engine.run()
+    same(collect(session.respond(max_frames=4, max_text_tokens=5)), asked.reply())
+
+
+def test_a_prompt_over_the_limit_is_told_and_nobody_else_is_hurt():
+    engine = Engine(model())
+    long, other = engine.open(retention=None), engine.open()
+    long.append_text("word " * 3000)
+    other.append_text("hello")
+    refused, answer = long.respond(max_frames=2), other.respond(max_frames=3, max_text_tokens=4)
+    engine.run()
+    with pytest.raises(CapacityError, match="its cache holds 2048; shorten it"):
+        refused.reply()
+    assert len(answer.reply().codes) == 3
 
 
 def test_an_answer_that_is_cancelled_before_it_began_says_nothing():

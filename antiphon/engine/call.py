@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import queue
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +19,9 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from antiphon.audio import check_samples
 from antiphon.config import OmniConfig
-from antiphon.conversation import Chunk
+from antiphon.conversation import Chunk, Steps
 from antiphon.errors import InputError
 from antiphon.generate import (
     AudioDelta,
@@ -38,12 +39,15 @@ from antiphon.model import Boxes
 from antiphon.spoken import Spoken
 
 CHUNK = 128  # positions of a prompt that are read at once: the Talker follows the Thinker one chunk behind
+SLICE = 4.0  # seconds of sound that are heard at once: an upload of minutes lets others come between
 GUESSED_FRAMES = 4  # that an answer may have which nobody has asked for yet
 KEPT_FRAMES = 64  # of sound that nobody has taken yet; then the answer waits for its listener
 
 
 class EngineSession(Session):
     """A session that leaves what is pending to the engine."""
+
+    slice = SLICE
 
     def _read(self) -> None:
         """Nothing: the lanes read it, together with what is pending elsewhere."""
@@ -60,13 +64,32 @@ class Failed:
     error: Exception
 
 
-@dataclass(frozen=True)
+@dataclass
 class Wish:
     """Something that an owner asked for."""
 
     what: Callable[[], Any]
     settled: bool  # only when nothing of the call is with the lanes
     done: Future[Any] = field(default_factory=Future)
+    steps: Steps[Any] | None = None  # of what takes long: one at a time
+
+    def go_on(self) -> bool:
+        """Do it, or the next step of it; whether it is done. Its owner is told what came of it."""
+        try:
+            if self.steps is None:
+                made = self.what()
+                if not isinstance(made, Generator):
+                    self.done.set_result(made)
+                    return True
+                self.steps = made
+            next(self.steps)
+        except StopIteration as end:
+            self.done.set_result(end.value)
+        except Exception as error:
+            self.done.set_exception(error)
+        else:
+            return False
+        return True
 
 
 class Answering:
@@ -260,17 +283,17 @@ class Call:
     def append_audio(self, samples: Any, rate: int = 16000) -> Future[None]:
         """As `Session.append_audio`: windows that close are read while the user goes on speaking."""
         self._forget()
-        return self._wish(lambda: self.session.append_audio(samples, rate))
+        return self._wish(lambda: self._audio_steps(samples, rate))
 
     def append_clip(self, samples: Any, rate: int) -> Future[None]:
         """As `Session.append_clip`."""
         self._forget()
-        return self._wish(lambda: self.session.append_clip(samples, rate))
+        return self._wish(lambda: self.session.clip_steps(samples, rate))
 
     def append_message(self, message: Mapping[str, Any]) -> Future[None]:
         """As `Session.append_message`."""
         self._forget()
-        return self._wish(lambda: self.session.append_message(message))
+        return self._wish(lambda: self.session.message_steps(message))
 
     def commit(self) -> Future[None]:
         """As `Session.commit`."""
@@ -357,9 +380,11 @@ class Call:
         """What is to be done now: one after another, none while an answer is given, some only when all is read."""
         if not self.wishes or self.turn is not None:
             return None
+        if self.wishes[0].steps is not None:
+            return self.wishes[0]
         if (self.wishes[0].settled or self.session.lacks_room()) and (self.reading or self.following):
             return None
-        return self.wishes.popleft()
+        return self.wishes[0]
 
     def fail(self, error: Exception) -> None:
         """End by an error: whoever waits for something is told."""
@@ -380,6 +405,13 @@ class Call:
             self.wishes.append(wish)
             self._house.wake()
         return wish.done
+
+    def _audio_steps(self, samples: Any, rate: int) -> Steps[None]:
+        """`append_audio` of what may be long, in pieces that others can come between."""
+        x = check_samples(samples, rate)
+        for start in range(0, len(x), round(SLICE * rate)):
+            self.session.append_audio(x[start : start + round(SLICE * rate)], rate)
+            yield
 
     def _begin(
         self, events: Answering, options: Options | None, ahead: float | None, changes: Mapping[str, Any]

@@ -122,13 +122,12 @@ class Thinking(Lane):
         if wish is None:
             return False
         with self.noting("wish", [call]):
+            if wish.go_on():
+                call.wishes.popleft()
             try:
-                made = wish.what()
                 call.reading += call.session.lay_out(CHUNK)
             except Exception as error:
-                wish.done.set_exception(error)
-            else:
-                wish.done.set_result(made)
+                call.fail(error)
         return True
 
     def batch(self) -> dict[Call, Tensor]:
