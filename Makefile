@@ -36,8 +36,9 @@ check: $(STAMP)
 parity: $(STAMP)
 	$(BIN)/python -m tests.parity_table
 
-## frames per second over transformers (the README's speed table), and what the peak so far changes
+## the engine under load (docs/performance.md), frames per second over transformers, and what the peak so far changes
 bench: $(STAMP)
+	$(BIN)/antiphon bench tiny --question examples/question.wav
 	$(BIN)/python -m benchmarks.vs_transformers
 	$(BIN)/python -m benchmarks.front_end_peak
 

@@ -18,13 +18,14 @@ from antiphon.audio import from_pcm16, pcm16, read_audio, write_audio
 from antiphon.chat import TurnWriter
 from antiphon.codec import Codec
 from antiphon.config_json import parse_codec_config
-from antiphon.errors import ConfigError
+from antiphon.errors import ConfigError, InputError
 from antiphon.files import write_safetensors
 from antiphon.generate import Session, collect
 from antiphon.sampling import THINKER_CODEBOOK
 from antiphon.speaker import load_speaker
 from antiphon.train.codes import key_of
-from antiphon.train.data import load_samples, read_cuts
+from antiphon.train.data import Example, load_samples, read_cuts
+from antiphon.train.dialog import load_phrases
 from antiphon.train.export import export
 from antiphon.train.following import first_rows, places, text_of
 from antiphon.train.loop import BEST, train
@@ -35,7 +36,7 @@ from antiphon.train.stages.codec import CODEC_SIZES
 from antiphon.train.stages.common import Setting
 from antiphon.train.stages.speech import SpeechStage, spoken_in
 from antiphon.train.stages.thinker import ThinkerStage, collate_talks, read_talk, spelling_losses
-from antiphon.train.talks import lay_out, with_blanks
+from antiphon.train.talks import QUESTIONS, lay_out, with_blanks
 from tests.models import CPU, IDS, VOCAB, config_json, omni, script
 from tests.models import sound as exact_sound
 from tests.test_train_codec import CODEC, FRAME, RATE
@@ -155,6 +156,25 @@ def test_tasks_ask_and_answer(stage):
         assert said == [*MODEL.tokenizer.encode(answer), end]
         assert talk.ids.count(MODEL.config.audio_token_id) == 3
         assert talk.ids[:2] == TurnWriter(MODEL.tokenizer).open("user")
+
+
+def test_music_and_sounds_are_asked_about_in_writing(stage):
+    """What is asked goes with the clip's name, half of it in English; what is right is what its labels say."""
+    labels = {"instrument": "flute", "mode": "minor", "notes": 5, "direction": "up", "tempo": 141}
+    answers = {"instrument": "a flute", "mode": "minor", "notes": "five", "direction": "up", "tempo": "one four one"}
+    heard, languages = MonoCut("m", 0, 1.0, 0), set[bool]()
+    for i in range(40):
+        said = SupervisionSegment("m-0", "m", 0, 1.0, text="flute, minor", custom=labels)
+        heard = replace(heard, id=f"music-{i}", supervisions=[said])
+        for kind, wanted in answers.items():
+            question, answer = QUESTIONS[kind](Example(heard, kind))
+            assert QUESTIONS[kind](Example(heard, kind)) == (question, answer)
+            english = question in load_phrases("en").questions.values()
+            languages.add(english)
+            assert not english or wanted in answer, (kind, answer)
+    assert languages == {True, False}
+    with pytest.raises(InputError, match="does not say its sound"):
+        QUESTIONS["sound"](Example(heard, "sound"))
 
 
 def test_equal_tokens_have_a_blank_between_them_and_silence_has_none_but_blanks():
