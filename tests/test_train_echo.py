@@ -36,6 +36,7 @@ def test_the_sound_is_that_of_codec_and_code2wav_and_the_words_stay(decoded):
     told = setting(decoded, "echo", BOTH, SAID, out="coded.jsonl.gz")
     assert echo(told, quiet=True) == len(SAYINGS)
     cuts, before = read_cuts(decoded[0] / "coded.jsonl.gz"), read_cuts(decoded[0] / "say.jsonl.gz")
+    assert told.config.code2wav is not None
     codec, code2wav = Codec(read_codec_config(told)), Code2Wav(told.config.code2wav)
     codec.load_state_dict({n[6:]: t for n, t in read_safetensors(decoded[1] / "codec" / BEST).items()})
     code2wav.load_state_dict({n[9:]: t for n, t in read_safetensors(decoded[1] / "code2wav" / BEST).items()})

@@ -31,6 +31,7 @@ from antiphon.sampling import MTP, NoiseKey, Sampling, choose, gumbel
 from antiphon.streaming import JoinedCaches, KVCache
 
 BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # rows of a matrix product
+FIRST_WORDS = 2  # before there is a frame: the Talker, which is at it, has the machine to itself
 WORDS_AHEAD = 8  # of the frame that is made next: further on an answer's text can wait
 POSITIONS = 256  # of prompts that are read in one step, beside the tokens of answers
 
@@ -145,7 +146,7 @@ class Thinking(Lane):
                 thought = turn.thought
                 if thought.is_over():
                     turn.end_text()
-                elif turn.spoken or len(turn.words) - turn.frames < WORDS_AHEAD:
+                elif turn.spoken or len(turn.words) - turn.frames < (WORDS_AHEAD if turn.frames else FIRST_WORDS):
                     ids = torch.tensor(thought.unread(), dtype=torch.long, device=self.model.device)
                     reads[call] = self.model.thinker.embed(ids)
         return reads
