@@ -39,6 +39,7 @@ parity: $(STAMP)
 ## the engine under load (docs/performance.md), frames per second over transformers, and what the peak so far changes
 bench: $(STAMP)
 	$(BIN)/antiphon bench tiny --question examples/question.wav
+	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.vs_transformers
 	$(BIN)/python -m benchmarks.front_end_peak
 
