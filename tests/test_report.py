@@ -176,7 +176,7 @@ def test_every_unit_of_work_has_its_time(model, tmp_path):
     data = written(tmp_path / "reply.html", session, reply).data
     spans, speech = data["spans"], data["speech"]
     assert list(spans) == ["aut", "prefill", "thinker", "talker", "mtp", "code2wav"]
-    assert len(spans["aut"]) == 1
+    assert len(spans["aut"]) == 2, "log-mel, then AuT"
     assert spans["aut"][0][1] < 0, "the clip was whole before an answer was asked for"
     assert len(spans["thinker"]) == len(reply.text_ids) + 1
     assert len(spans["talker"]) == FRAMES + 1
