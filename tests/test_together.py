@@ -59,7 +59,8 @@ def test_the_recipes_of_tiny_come_after_what_they_need():
     course = read_course(Path(__file__).parents[1] / "recipes/tiny")
     names = [r.name for r in course.recipes]
     for i, r in enumerate(course.recipes):
-        assert {source for source in r.init.values() if "/" not in source} <= set(names[:i]), r.name
+        needed = {name for source in r.init.values() if "/" not in source for name in source.split("+")}
+        assert needed <= set(names[:i]), r.name
 
 
 def test_each_begins_when_what_it_needs_is_trained(tmp_path):

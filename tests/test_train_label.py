@@ -1,11 +1,13 @@
 """Pseudo-labels: what a teacher is sure of is kept, says where it came from, and can be trained on."""
 
 import pytest
+import torch
 
 from antiphon.errors import ConfigError, InputError
+from antiphon.files import read_safetensors, write_safetensors
 from antiphon.train.data import read_cuts
 from antiphon.train.label import label
-from antiphon.train.loop import train
+from antiphon.train.loop import BEST, train
 from antiphon.train.stages.aut import AuTStage
 from tests.test_train_speech import SAYINGS, place, setting
 
@@ -60,3 +62,13 @@ def test_only_what_the_teacher_is_sure_of_is_kept(taught):
 def test_a_teacher_is_needed(taught):
     with pytest.raises(ConfigError, match="labels need a teacher"):
         label(labelling(taught, -1.0, {}), quiet=True)
+
+
+def test_a_module_may_begin_from_the_mean_of_runs(taught):
+    """Runs that went on from the same one, joined by a plus."""
+    first = read_safetensors(taught[1] / "teacher" / BEST)
+    (taught[1] / "other").mkdir(exist_ok=True)
+    write_safetensors(taught[1] / "other" / BEST, {n: t + 1 for n, t in first.items()}, {"run": "other"})
+    both = AuTStage(setting(taught, "aut", {"aut": "teacher+other"}, SAID, decoder=DECODER))
+    for name, tensor in both.modules["aut"].state_dict().items():
+        torch.testing.assert_close(tensor, first[f"aut.{name}"] + 0.5)

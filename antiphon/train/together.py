@@ -33,7 +33,7 @@ Train = Callable[..., Path]  # as `train_recipe`
 def needs(recipe: Recipe, earlier: list[Recipe]) -> set[str]:
     """Names of the recipes, of those that come `earlier` in a course, without whose runs this one cannot begin."""
     read = {source.cuts for source in (*recipe.data.mix, *recipe.data.validation)}
-    wanted = {*recipe.init.values(), TOKENIZER}
+    wanted = {TOKENIZER, *(name for source in recipe.init.values() for name in source.split("+"))}
     return {r.name for r in earlier if r.name in wanted or r.options.get("out") in read}
 
 

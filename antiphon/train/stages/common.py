@@ -80,8 +80,17 @@ class Setting:
         return modules.to(self.device)
 
     def _begin(self, module: nn.Module, name: str, source: str) -> None:
-        """Fill a module from an earlier run, or from a checkpoint: a folder or a Hub id, told by its slash."""
-        if "/" not in source:
+        """Fill a module from an earlier run, or from a checkpoint: a folder or a Hub id, told by its slash.
+
+        Of several, joined by "+", it gets the mean weights: of runs that went on from the same one.
+        """
+        if "+" in source:
+            weights = []
+            for one in source.split("+"):
+                self._begin(module, name, one)
+                weights.append({n: t.clone() for n, t in module.state_dict().items()})
+            module.load_state_dict({n: torch.stack([w[n] for w in weights]).mean(0) for n in weights[0]})
+        elif "/" not in source:
             load_weights(module, self.run_of(source), name)
         elif isinstance(module, Codec):  # this one and the next are files of their own beside a checkpoint
             folder = find_checkpoint(source)
