@@ -1,7 +1,6 @@
 """The allocator: memory that was freed stays with the process.
 
-glibc gives large blocks back to the kernel and asks for them again in the next step, which then clears every page:
-25,000 pages and an eighth of the time in a training step of tiny's AuT on a virtual machine.
+glibc gives large blocks back to the kernel and asks for them again in the next step, and the kernel clears every page.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from antiphon.engine import Answering, Call, Engine
 from antiphon.engine.call import CHUNK, KEPT_FRAMES, EngineSession
 from antiphon.engine.lanes import Speaking, Thinking
 from antiphon.errors import BusyError, CapacityError, InputError
-from antiphon.generate import AudioDelta, Event, Reply, Session, collect
+from antiphon.generate import AudioDelta, Event, Reply, Session, TextDelta, collect
 from antiphon.sampling import GREEDY, Sampling
 from tests.models import omni
 
@@ -473,6 +473,17 @@ def test_a_long_upload_lets_the_others_come_between():
     asked = uploading.respond(max_frames=4, max_text_tokens=5)
     engine.run()
     same(collect(session.respond(max_frames=4, max_text_tokens=5)), asked.reply())
+
+
+def test_who_waits_for_an_answer_is_told_when_the_engine_stops():
+    engine = Engine(model()).start()
+    call = engine.open()
+    call.append_text("hello")
+    events = call.respond(max_frames=2000, verbatim=True, ahead=0.0)
+    assert isinstance(events.take(30.0), TextDelta)
+    engine.stop()
+    assert events.reply().finish in ("cancelled", "stop")
+    assert not engine.calls
 
 
 def test_a_prompt_over_the_limit_is_told_and_nobody_else_is_hurt():

@@ -101,11 +101,16 @@ class Answering:
         self.asked_at = 0.0  # on the engine's clock
         self.cancelled = False  # before it began
         self.limit = KEPT_FRAMES  # of frames that wait to be taken; then the answer waits too
-        self.kept = 0  # frames of sound that have not been taken
+        self._given = self._taken = 0  # frames of sound; each is counted by one thread alone
+
+    @property
+    def kept(self) -> int:
+        """Frames of sound that have not been taken."""
+        return self._given - self._taken
 
     def put(self, event: Event | Failed) -> None:
         """One more event."""
-        self.kept += isinstance(event, AudioDelta)
+        self._given += isinstance(event, AudioDelta)
         self._events.put(event)
 
     def take(self, timeout: float | None = None) -> Event | Failed:
@@ -116,8 +121,8 @@ class Answering:
         """
         event = self._events.get(timeout=timeout)
         if isinstance(event, AudioDelta):
-            self.kept -= 1
-            if self.kept == self.limit - 1:
+            self._taken += 1
+            if self.kept < self.limit:
                 self._wake()
         return event
 

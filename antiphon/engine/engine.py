@@ -181,7 +181,7 @@ class Engine:
         return sum(statistics.median(took[name]) for name in ("thinker", "draw", "frame") if name in took)
 
     def stop(self) -> None:
-        """Cancel every answer, let the lanes come to an end and wait for them."""
+        """Cancel every answer and end: who waits for one is told."""
         for call in self.calls:
             call.close()
         self._running = False
@@ -189,6 +189,7 @@ class Engine:
         for thread in self._threads:
             thread.join()
         self._threads.clear()
+        self.run()  # what the threads left undone: every answer has its end
 
     def __enter__(self) -> Engine:
         return self.start()

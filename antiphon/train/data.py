@@ -9,7 +9,9 @@ Shapes: B clips, N samples, T mel frames, F mel bins.
 
 from __future__ import annotations
 
+import gzip
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -101,6 +103,13 @@ def examples_of(source: Source, cuts: Sequence[Any]) -> list[Example]:
     if not some:
         raise InputError(f"{source.cuts} holds no cuts in {', '.join(source.languages)}; give its languages")
     return some
+
+
+def write_manifest(path: Path, lines: Sequence[str]) -> None:
+    """Write a manifest (.jsonl.gz) of cuts, one a line, whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(gzip.compress(("\n".join(lines) + "\n").encode(), mtime=0))
+    os.replace(part, path)
 
 
 def _at(cut: Any, folder: Path) -> Any:

@@ -8,9 +8,7 @@ alone, an encoder takes the codec's traces for something else.
 
 from __future__ import annotations
 
-import gzip
 import json
-import os
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +23,7 @@ from antiphon.audio import write_audio
 from antiphon.code2wav import Code2Wav
 from antiphon.codec import Codec
 from antiphon.errors import ConfigError
-from antiphon.train.data import batches, load_samples, pad, read_examples
+from antiphon.train.data import batches, load_samples, pad, read_examples, write_manifest
 from antiphon.train.recipe import read_fields
 from antiphon.train.stages.codec import read_codec_config
 from antiphon.train.stages.common import Setting
@@ -67,9 +65,7 @@ def echo(setting: Setting, *, quiet: bool = False) -> int:
             for example, samples, length in zip(part, made, lengths.tolist(), strict=True):
                 write_audio(file_of(folder, example.cut), samples[:length], rate)
     lines = [json.dumps(heard_again(e.cut, file_of(folder, e.cut), rate), ensure_ascii=False) for e in examples]
-    part_file = out.with_name(out.name + ".part")
-    part_file.write_bytes(gzip.compress(("\n".join(lines) + "\n").encode(), mtime=0))
-    os.replace(part_file, out)
+    write_manifest(out, lines)
     return len(lines)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import os
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -14,7 +12,7 @@ import torch
 from rich.progress import track
 
 from antiphon.errors import ConfigError, InputError
-from antiphon.train.data import Example, Kept, batches, listened, read_examples
+from antiphon.train.data import Example, Kept, batches, listened, read_examples, write_manifest
 from antiphon.train.recipe import read_fields
 from antiphon.train.stages.aut import AuTStage, write
 from antiphon.train.stages.common import Setting
@@ -50,10 +48,7 @@ def label(setting: Setting, *, quiet: bool = False) -> tuple[int, int]:
     lines = [json.dumps(cut, ensure_ascii=False) for cut in labelled(teacher, examples, options, recipe, quiet=quiet)]
     if not lines:
         raise InputError(f"{recipe.name}: no transcript reaches {options.keep}; train the teacher longer or lower keep")
-    out = setting.cuts / options.out
-    part = out.with_name(out.name + ".part")
-    part.write_bytes(gzip.compress(("\n".join(lines) + "\n").encode(), mtime=0))
-    os.replace(part, out)
+    write_manifest(setting.cuts / options.out, lines)
     return len(lines), len(examples)
 
 

@@ -60,8 +60,8 @@ class TalkBatch:
     audio: Tensor  # [B, T] True where a row of AuT's goes
     mel: Tensor | None  # [n, frames, F] of all clips, in order
     frames: Tensor  # [n]
-    text: Tensor  # [n, L] ids of what is said in the clips
-    lengths: Tensor  # [n] of these, 0 where it is not speech
+    text: Tensor  # [n, L] ids of what is said in the clips, or of what describes them
+    lengths: Tensor  # [n] of these, 0 where there is none
     window: int
 
 
@@ -253,7 +253,7 @@ def embed_talks(thinker: Thinker, aut: AuT, batch: TalkBatch, heard: Tensor | No
 
 
 def spelling_losses(thinker: Thinker, aut: AuT, heard: Tensor, batch: TalkBatch, blank: int) -> tuple[Tensor, Tensor]:
-    """Two ways of asking that the encoder's rows read like the text of the clips that are speech.
+    """Two ways of asking that the encoder's rows read like the text of the clips, or like what describes them.
 
     CTC per text token, a row's scores being its likeness to the Thinker's embeddings, with the audio token's own
     embedding as the blank. It does not say how long a row is nor what it has beside: rows that spell well were five
