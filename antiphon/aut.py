@@ -78,6 +78,15 @@ class AuTState(State):
     window: int = 0  # seconds (chunks) per window
 
 
+@dataclass(frozen=True)
+class Windows:
+    """Windows that have closed, ready to be heard."""
+
+    x: Tensor  # [B, n, frames, F] log-mel above its floor, scaled
+    valid: Tensor  # [B, n] frames that are sound
+    alone: Tensor  # [B, n] a clip shorter than a chunk, which is convolved as it is; other tails are padded to a chunk
+
+
 class AuT(nn.Module):
     """The audio encoder that is served."""
 
@@ -136,6 +145,22 @@ class AuT(nn.Module):
         peak: Tensor | None = None,
     ) -> Tensor:
         """Encoder states [B, tokens, W], as `forward` before the projection (what the text decoder reads)."""
+        windows = self.close(mel, state, final, window=window, frames=frames, peak=peak)
+        if windows is None:
+            return self.conv_out.weight.new_zeros(mel.shape[0], 0, self.config.d_model)
+        return self.states(windows)
+
+    def close(
+        self,
+        mel: Tensor,
+        state: AuTState | None = None,
+        final: bool = False,
+        *,
+        window: int | None = None,
+        frames: Tensor | None = None,
+        peak: Tensor | None = None,
+    ) -> Windows | None:
+        """The windows that raw log-mel [B, T, F] closes, as `forward` hears them; None where there are none."""
         if state is None:
             state, final = self.init_state(mel.shape[0], mel.device, mel.dtype, window), True
         x = take(state.held, state.count, mel)
@@ -143,13 +168,12 @@ class AuT(nn.Module):
         ready = x.shape[1] if final else x.shape[1] // size * size
         keep(state.held, state.count, x[:, ready:])
         if not ready:
-            return self.conv_out.weight.new_zeros(mel.shape[0], 0, self.config.d_model)
+            return None
 
         rows, count = x.shape[0], -(-ready // size)
         x = F.pad(x[:, :ready], (0, 0, 0, count * size - ready), value=LOG_FLOOR).unflatten(1, (count, size))
         length = torch.full((rows,), ready) if frames is None else frames.cpu()
-        valid = (length[:, None] - torch.arange(count) * size).clamp(0, size)  # [B, windows] frames that are sound
-        # a clip shorter than one chunk is convolved as it is, every other tail is padded to a whole chunk
+        valid = (length[:, None] - torch.arange(count) * size).clamp(0, size)
         alone = torch.zeros_like(valid, dtype=torch.bool)
         alone[:, 0] = (valid[:, 0] < self.config.chunk_frames) & (in_step(state.windows) == 0)
         if frames is not None:  # what lies beyond a clip is not heard, so it is not the loudest either
@@ -158,9 +182,13 @@ class AuT(nn.Module):
             )
         x = normalize(x, self._peaks(x, state) if peak is None else peak[:, None, None, None])
         state.windows += count
+        return Windows(x, valid, alone)
 
-        y = self._windows(x.flatten(0, 1), valid.flatten(), alone.flatten())
-        return y.unflatten(0, (rows, count)).flatten(1, 2)[:, : self.config.tokens(int(length.max()))]
+    def states(self, windows: Windows) -> Tensor:
+        """Encoder states [B, tokens, W] of windows; of a batch, as many tokens as the longest clip has."""
+        x, valid, alone = windows.x.flatten(0, 1), windows.valid.flatten(), windows.alone.flatten()
+        y = self._windows(x, valid, alone).unflatten(0, windows.valid.shape)
+        return y.flatten(1, 2)[:, : self.config.tokens(int(windows.valid.sum(1).max()))]
 
     def _peaks(self, x: Tensor, state: AuTState) -> Tensor:
         """Peak so far [B, windows, 1, 1] at the end of each window of x [B, windows, size, F]."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from antiphon.audio import MAX_SECONDS, Resampler, Samples, check_samples
+from antiphon.aut import Windows
 from antiphon.chat import TurnWriter, assistant_text, system_text, tool_results_text
 from antiphon.errors import AudioError, InputError
 from antiphon.files import read_metadata, read_safetensors, write_safetensors
@@ -38,7 +39,7 @@ TOKENS_PER_SECOND = 4.5  # of speech, where an answer was cut off before its own
 
 
 Made = TypeVar("Made")
-Steps: TypeAlias = Generator[None, None, Made]  # work that others can come between
+Steps: TypeAlias = Generator[Windows | None, Tensor, Made]  # work that others can come between; see `whole`
 
 
 @dataclass
@@ -71,8 +72,8 @@ class Ear:
         self.mel = model.log_mel.init_state(1, *signal)
         self.aut = model.aut.init_state(1, *signal, window=window)
 
-    def hear(self, samples: Tensor, final: bool = False) -> Tensor:
-        """Audio embeddings [n, U] of every window that `samples` [N] closes.
+    def hear(self, samples: Tensor, final: bool = False) -> Windows | None:
+        """The windows that `samples` [N] close, for AuT.
 
         Raises:
             AudioError: longer than the limit, or on `final` too short to be a sound; nothing is changed then.
@@ -88,7 +89,7 @@ class Ear:
             )
         self.samples = heard
         wave = self.resampler(samples[None].to(self.wave.tail), self.wave, final)
-        return self.model.aut(self.model.log_mel(wave, self.mel, final), self.aut, final)[0]
+        return self.model.aut.close(self.model.log_mel(wave, self.mel, final), self.aut, final)
 
     def copy(self) -> Ear:
         """An independent copy."""
@@ -176,7 +177,7 @@ class Conversation:
             raise InputError(f"text must be a string, not {type(text).__name__}")
         self.model.tokenizer.encode(text)  # refuses what is not Unicode
         self._begin_turn()
-        self._end_clip()
+        self._at_once(self._end_clip())
         self.writer.text(text)
 
     def append_audio(self, samples: Any, rate: int = 16000) -> None:
@@ -185,8 +186,12 @@ class Conversation:
         Raises:
             AudioError: samples that are no sound, or another rate than the clip began with; nothing is changed then.
         """
+        self._at_once(self.audio_steps(samples, rate))
+
+    def audio_steps(self, samples: Any, rate: int) -> Steps[None]:
+        """`append_audio`, to be gone through: a step is at most `slice` seconds of sound."""
         self._settled()
-        x = torch.from_numpy(check_samples(samples, rate))
+        x, size = torch.from_numpy(check_samples(samples, rate)), round(self.slice * rate)
         if self.ear is not None and self.ear.rate != rate:
             raise AudioError(
                 f"the clip began at {self.ear.rate} Hz and goes on at {rate} Hz; keep one rate or commit first"
@@ -195,7 +200,8 @@ class Conversation:
         if self.ear is None:
             self._add(self.writer.open_audio())
             self.ear = Ear(self.model, rate, self.window)
-        self._add_audio(self._listen(self.ear.hear, x))
+        for start in range(0, len(x), size):
+            yield from self._listen(self.ear, x[start : start + size])
         self._prefill()
 
     def append_clip(self, samples: Any, rate: int) -> None:
@@ -204,16 +210,16 @@ class Conversation:
         Raises:
             AudioError: samples that are no sound.
         """
-        whole(self.clip_steps(samples, rate))
+        self._at_once(self.clip_steps(samples, rate))
 
     def clip_steps(self, samples: Any, rate: int) -> Steps[None]:
         """`append_clip`, to be gone through: a step is at most `slice` seconds of sound."""
         self._settled()
-        self._add_clip((yield from self._encode(check_samples(samples, rate), rate)))
+        yield from self._add_clip((yield from self._encode(check_samples(samples, rate), rate)))
 
-    def _add_clip(self, features: Tensor) -> None:
+    def _add_clip(self, features: Tensor) -> Steps[None]:
         self._begin_turn()
-        self._end_clip()
+        yield from self._end_clip()
         self._add(self.writer.open_audio())
         self._add_audio(features)
         self._add(self.writer.close_audio())
@@ -227,7 +233,7 @@ class Conversation:
         Raises:
             InputError, AudioError: a message of another form, or sound that cannot be used.
         """
-        whole(self.message_steps(message))
+        self._at_once(self.message_steps(message))
 
     def message_steps(self, message: Mapping[str, Any]) -> Steps[None]:
         """`append_message`, to be gone through: a step is at most `slice` seconds of sound."""
@@ -242,17 +248,20 @@ class Conversation:
                 parts.append(part if isinstance(part, str) else (yield from self._encode(*part)))
             self._begin_turn()
             for part in parts:
-                self.append_text(part) if isinstance(part, str) else self._add_clip(part)
-            self.commit()
+                if isinstance(part, str):
+                    self.append_text(part)
+                else:
+                    yield from self._add_clip(part)
+            yield from self.commit_steps()
         elif role in ("system", "developer", "assistant", "tool"):
             text = "".join(text_of(part) for part in parts_of(message, optional=role == "assistant"))
             if role == "assistant":
                 calls = message.get("tool_calls") or []
                 text = assistant_text(text, [tool_call(c) for c in (calls if isinstance(calls, list) else [calls])])
-            self.commit()
+            yield from self.commit_steps()
             if role == "tool":  # the Thinker reads results as the user's words
                 self.append_text(tool_results_text([text]))
-                self.commit()
+                yield from self.commit_steps()
             else:
                 self._add(self.writer.turn("assistant" if role == "assistant" else "system", text))
         else:
@@ -264,9 +273,13 @@ class Conversation:
         Raises:
             AudioError: the clip is too short to be a sound; append more.
         """
+        self._at_once(self.commit_steps())
+
+    def commit_steps(self) -> Steps[None]:
+        """`commit`, to be gone through."""
         self._settled()
         if self._open:
-            self._end_clip()
+            yield from self._end_clip()
             self._add(self.writer.close())
             self._open = False
         self._prefill()
@@ -283,16 +296,27 @@ class Conversation:
             self._add(self.writer.open("user"), user=True)
             self._open = True
 
-    def _end_clip(self) -> None:
+    def _end_clip(self) -> Steps[None]:
         if self.ear is not None:
-            self._add_audio(self._listen(self.ear.hear, torch.zeros(0), True))
+            yield from self._listen(self.ear, torch.zeros(0), True)
             self.ear = None
             self._add(self.writer.close_audio())
 
-    def _listen(self, hear: Callable[..., Tensor], *args: Any) -> Tensor:
-        """Audio embeddings [n, U] that `hear` makes of sound; the time that log-mel and AuT take is noted."""
+    def _listen(self, ear: Ear, samples: Tensor, final: bool = False) -> Steps[None]:
+        """Hear more of a clip; the time that log-mel and AuT take is noted."""
         with self.clock("aut"):
-            return self._grad_free(hear, *args)
+            windows = self._grad_free(ear.hear, samples, final)
+        if windows is not None:
+            self._add_audio((yield windows))
+
+    def _at_once(self, steps: Steps[Made]) -> Made:
+        """What steps make, gone through at once."""
+        return whole(steps, self._heard_alone)
+
+    def _heard_alone(self, windows: Windows) -> Tensor:
+        """Audio embeddings [n, U] of windows."""
+        with self.clock("aut"):
+            return self._grad_free(lambda: self.model.aut.project(self.model.aut.states(windows)))[0]
 
     def _encode(self, samples: Samples, rate: int) -> Steps[Tensor]:
         """Audio embeddings [n, U] of a whole clip [N], `slice` seconds of it at a time."""
@@ -307,7 +331,8 @@ class Conversation:
 
         mels = []
         for piece, last in _pieces(wave, self.slice * rate):
-            mels.append(self._listen(measure, piece, last))
+            with self.clock("aut"):
+                mels.append(self._grad_free(measure, piece, last))
             yield
         mel = torch.cat(mels, 1)
         self.note("mel", mel[0])
@@ -316,8 +341,9 @@ class Conversation:
         chunk = model.config.audio.chunk_frames
         state, features = model.aut.init_state(1, model.device, dtype, self.window), []
         for piece, last in _pieces(mel, seconds * chunk):
-            features.append(self._listen(lambda x, end: model.aut(x, state, end, peak=peak), piece, last)[0])
-            yield
+            windows = self._grad_free(lambda x, end: model.aut.close(x, state, end, peak=peak), piece, last)
+            if windows is not None:
+                features.append((yield windows))
         return torch.cat(features)
 
     # -------------------------------------------------------------------------------------- reading
@@ -551,13 +577,14 @@ def _pieces(x: Tensor, size: float) -> Iterator[tuple[Tensor, bool]]:
 _SAVED = ("window", "retention", "generation", "turn", "ids", "user_length", "_open", "_users", "_ids", "_user")
 
 
-def whole(steps: Steps[Made]) -> Made:
-    """What steps make, gone through at once."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
+def whole(steps: Steps[Made], hear: Callable[[Windows], Tensor]) -> Made:
+    """What steps make, gone through at once; `hear` gives AuT's embeddings [n, U] of windows that they ask for."""
+    try:
+        asked = next(steps)
+        while True:
+            asked = next(steps) if asked is None else steps.send(hear(asked))
+    except StopIteration as end:
+        return end.value
 
 
 def _word_ends(text: str, longer: str) -> bool:

@@ -120,7 +120,9 @@ class Session(Conversation):
         self._settled()
         self.clock.begin()
         options, speaker = self.how_to_answer(options, changes)
-        self._end_clip()  # AuT has a lane of its own, so what is left of a clip is heard before the prompt is read
+        self._at_once(
+            self._end_clip()
+        )  # AuT has a lane of its own, so what is left of a clip is heard before the prompt is read
         with self.clock("prefill"):
             self.commit()
         self.generation += 1
@@ -154,7 +156,7 @@ class Session(Conversation):
         self, options: Options, speaker: int | Tensor | None, generation: int, clock: Phases
     ) -> Iterator[Event]:
         self._settled()
-        self._end_clip()
+        self._at_once(self._end_clip())
         with clock("prefill"):
             self.open_reply()  # what was said since `respond` was called belongs to the question
             self._read()

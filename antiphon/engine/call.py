@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from antiphon.audio import check_samples
+from antiphon.aut import Windows
 from antiphon.config import OmniConfig
 from antiphon.conversation import Chunk, Steps
 from antiphon.errors import InputError
@@ -72,6 +72,13 @@ class Wish:
     settled: bool  # only when nothing of the call is with the lanes
     done: Future[Any] = field(default_factory=Future)
     steps: Steps[Any] | None = None  # of what takes long: one at a time
+    asked: Windows | None = None  # that AuT has to hear before the next step
+    heard: Tensor | None = None  # [n, U] what it gave
+
+    @property
+    def waits(self) -> bool:
+        """Whether AuT has to hear something first."""
+        return self.asked is not None and self.heard is None
 
     def go_on(self) -> bool:
         """Do it, or the next step of it; whether it is done. Its owner is told what came of it."""
@@ -82,7 +89,8 @@ class Wish:
                     self.done.set_result(made)
                     return True
                 self.steps = made
-            next(self.steps)
+            self.asked, heard, self.heard = None, self.heard, None
+            self.asked = next(self.steps) if heard is None else self.steps.send(heard)
         except StopIteration as end:
             self.done.set_result(end.value)
         except Exception as error:
@@ -288,7 +296,7 @@ class Call:
     def append_audio(self, samples: Any, rate: int = 16000) -> Future[None]:
         """As `Session.append_audio`: windows that close are read while the user goes on speaking."""
         self._forget()
-        return self._wish(lambda: self._audio_steps(samples, rate))
+        return self._wish(lambda: self.session.audio_steps(samples, rate))
 
     def append_clip(self, samples: Any, rate: int) -> Future[None]:
         """As `Session.append_clip`."""
@@ -302,7 +310,7 @@ class Call:
 
     def commit(self) -> Future[None]:
         """As `Session.commit`."""
-        return self._wish(self.session.commit)
+        return self._wish(lambda: self.session.commit_steps())
 
     def respond(self, options: Options | None = None, *, ahead: float | None = None, **changes: Any) -> Answering:
         """Answer what was said: the events of `Session.respond`; errors come with them.
@@ -377,6 +385,11 @@ class Call:
     # ------------------------------------------------------------------------------------- the lanes'
 
     @property
+    def asked(self) -> Windows | None:
+        """Windows that AuT has to hear before what its owner asked for can go on."""
+        return self.wishes[0].asked if self.wishes else None
+
+    @property
     def settled(self) -> bool:
         """Whether nothing of it is left to do."""
         return self.turn is None and not (self.wishes or self.reading or self.following)
@@ -410,13 +423,6 @@ class Call:
             self.wishes.append(wish)
             self._house.wake()
         return wish.done
-
-    def _audio_steps(self, samples: Any, rate: int) -> Steps[None]:
-        """`append_audio` of what may be long, in pieces that others can come between."""
-        x = check_samples(samples, rate)
-        for start in range(0, len(x), round(SLICE * rate)):
-            self.session.append_audio(x[start : start + round(SLICE * rate)], rate)
-            yield
 
     def _begin(
         self, events: Answering, options: Options | None, ahead: float | None, changes: Mapping[str, Any]

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from antiphon.aut import Windows
 from antiphon.binding import bound
 from antiphon.code2wav import Code2WavState
 from antiphon.engine.call import CHUNK, Call, House, Turn, Work
@@ -111,6 +112,9 @@ class Thinking(Lane):
     def step(self) -> bool:
         """One wish of every call, then one batch of the Thinker's."""
         wished = [self.do(call) for call in list(self.house.calls)]
+        listening = [call for call in self.house.calls if call.asked is not None]
+        if self.together("aut", listening, self.hear):
+            wished += [self.do(call) for call in listening]
         closed = [self.close(call) for call in list(self.house.calls)]
         reads = self.batch()
         self.together("thinker", [call for call in reads if len(reads[call])], lambda some: self.read(some, reads))
@@ -120,7 +124,7 @@ class Thinking(Lane):
     def do(self, call: Call) -> bool:
         """What a call's owner asked for next."""
         wish = call.next_wish()
-        if wish is None:
+        if wish is None or wish.waits:
             return False
         with self.noting("wish", [call]):
             if wish.go_on():
@@ -130,6 +134,27 @@ class Thinking(Lane):
             except Exception as error:
                 call.fail(error)
         return True
+
+    def hear(self, calls: Sequence[Call]) -> None:
+        """AuT hears the windows that have closed in `calls`.
+
+        Windows that are equally long go in one batch, filled up with one of them to a bucket, so that what a clip is
+        heard as does not depend on its company.
+        """
+        asked = [windows for call in calls if (windows := call.asked) is not None]
+        alike = dict[tuple[int, int, bool], list[tuple[int, int]]]()
+        for place, one in enumerate(asked):
+            for i, (valid, alone) in enumerate(zip(one.valid[0].tolist(), one.alone[0].tolist(), strict=True)):
+                alike.setdefault((one.x.shape[2], valid, alone), []).append((place, i))
+        heard = [[torch.zeros(0)] * one.valid.shape[1] for one in asked]
+        for (_, valid, alone), places in alike.items():
+            rows = bucket(len(places))
+            x = torch.stack([asked[place].x[0, i] for place, i in places + places[:1] * (rows - len(places))])
+            batch = Windows(x[:, None], torch.full((rows, 1), valid), torch.full((rows, 1), alone))
+            for (place, i), row in zip(places, self.model.aut.project(self.model.aut.states(batch)), strict=False):
+                heard[place][i] = row
+        for call, rows in zip(calls, heard, strict=True):
+            call.wishes[0].heard = torch.cat(rows)
 
     def batch(self) -> dict[Call, Tensor]:
         """What the Thinker reads next [T, U]: of every answer what it said last, and prompts as far as there is room.

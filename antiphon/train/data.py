@@ -33,6 +33,7 @@ Item = TypeVar("Item")
 Read = TypeVar("Read")
 Mel = NDArray[np.float32] | NDArray[np.float16]  # raw log-mel [T, F]
 PACE = 0.07  # seconds that it takes to say a character, about
+READ = 0.4  # of the rows that sound takes, its text takes: five tokens a second instead of thirteen
 BUCKETS = 12  # lengths that share a batch; more means less padding and less variety in a batch
 
 
@@ -50,10 +51,11 @@ class Example:
 
     @property
     def seconds(self) -> float:
-        """How long it is, with what is only read, such as the declaration of tools, as if it were said."""
+        """How long it is, with what is only read, such as the declaration of tools, as sound of as many rows."""
         messages = (self.cut.custom or {}).get("messages", ())
         read = [m["content"] for m in messages if m["role"] != "user" and "supervision" not in m]
-        return self.cut.duration + PACE * sum(map(len, read))
+        own = self.cut.duration * (READ if self.task == "text" else 1.0)
+        return own + READ * PACE * sum(map(len, read))
 
     @property
     def language(self) -> str | None:

@@ -32,6 +32,7 @@ Message = Mapping[str, Any]
 WHICH_LANGUAGE = "Which language is this?"
 DESCRIBE = "What do you hear?"
 ABOUT = (*KINDS["music"], *KINDS["sound"])  # tasks: what is asked in writing about a clip
+HEARD = "heard-"  # before the name of a task: the same, of what is heard perfectly
 BLANKS = 12  # at most, after each token of what is heard, in the slowest speech: a second of it gives 13 rows
 TWICE = 0.3  # of the tokens are in two rows
 
@@ -81,9 +82,10 @@ def messages_of(example: Example) -> list[Message]:
             raise InputError(f"cut {example.cut.id} carries no messages; its task cannot be {example.task}")
         said: list[str] = [str(s.text) for s in example.cut.supervisions]
         return [_as_text(m, said) for m in messages] if example.task == "text" else messages
-    if example.task not in QUESTIONS:
+    task = example.task.removeprefix(HEARD)
+    if task not in QUESTIONS:
         raise InputError(f"there is no task {example.task!r}; expected one of talk, text, {', '.join(QUESTIONS)}")
-    question, answer = QUESTIONS[example.task](example)
+    question, answer = QUESTIONS[task](example)
     asked = [{"type": "audio", "supervision": 0}, {"type": "text", "text": question}]
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
 
@@ -151,7 +153,7 @@ def lay_out(
             spoken = example.cut.supervisions[part["supervision"]]
             text = tokenizer.encode(spoken.text)
             add(writer.open_audio(), user=user)
-            if example.task == "heard":
+            if example.task == "heard" or example.task.startswith(HEARD):
                 add(with_blanks(text, tokenizer.config.audio_token_id, spoken.id), user=user)
             else:
                 sound = load_samples(example.cut, example.cut.sampling_rate) if sound is None else sound
@@ -167,7 +169,7 @@ def lay_out(
 def with_blanks(ids: Sequence[int], blank: int, name: str) -> list[int]:
     """Ids as an encoder spells them: some twice, and blanks, more in slow speech; the same for the same name."""
     draw = np.random.Generator(np.random.Philox(zlib.crc32(name.encode())))
-    most = draw.integers(1, BLANKS + 1)  # blanks after an id
+    most = 1 + int(BLANKS * draw.random() ** 2)  # blanks after an id; most speech is quick
     spaced = [blank] * int(draw.integers(most + 1))
     for i, following in zip(ids, [*ids[1:], blank], strict=False):
         spaced += [i] * (1 + (draw.random() < TWICE))
