@@ -172,12 +172,16 @@ class Conversation:
         Raises:
             InputError: no text, or not Unicode; nothing is changed then.
         """
+        self._at_once(self.text_steps(text))
+
+    def text_steps(self, text: str) -> Steps[None]:
+        """`append_text`, to be gone through."""
         self._settled()
         if not isinstance(text, str):
             raise InputError(f"text must be a string, not {type(text).__name__}")
         self.model.tokenizer.encode(text)  # refuses what is not Unicode
         self._begin_turn()
-        self._at_once(self._end_clip())
+        yield from self._end_clip()
         self.writer.text(text)
 
     def append_audio(self, samples: Any, rate: int = 16000) -> None:
@@ -248,10 +252,7 @@ class Conversation:
                 parts.append(part if isinstance(part, str) else (yield from self._encode(*part)))
             self._begin_turn()
             for part in parts:
-                if isinstance(part, str):
-                    self.append_text(part)
-                else:
-                    yield from self._add_clip(part)
+                yield from self.text_steps(part) if isinstance(part, str) else self._add_clip(part)
             yield from self.commit_steps()
         elif role in ("system", "developer", "assistant", "tool"):
             text = "".join(text_of(part) for part in parts_of(message, optional=role == "assistant"))
@@ -260,7 +261,7 @@ class Conversation:
                 text = assistant_text(text, [tool_call(c) for c in (calls if isinstance(calls, list) else [calls])])
             yield from self.commit_steps()
             if role == "tool":  # the Thinker reads results as the user's words
-                self.append_text(tool_results_text([text]))
+                yield from self.text_steps(tool_results_text([text]))
                 yield from self.commit_steps()
             else:
                 self._add(self.writer.turn("assistant" if role == "assistant" else "system", text))

@@ -291,7 +291,7 @@ class Call:
     def append_text(self, text: str) -> Future[None]:
         """As `Session.append_text`."""
         self._forget()
-        return self._wish(lambda: self.session.append_text(text))
+        return self._wish(lambda: self.session.text_steps(text))
 
     def append_audio(self, samples: Any, rate: int = 16000) -> Future[None]:
         """As `Session.append_audio`: windows that close are read while the user goes on speaking."""
@@ -387,7 +387,7 @@ class Call:
     @property
     def asked(self) -> Windows | None:
         """Windows that AuT has to hear before what its owner asked for can go on."""
-        return self.wishes[0].asked if self.wishes else None
+        return self.wishes[0].asked if self.wishes and self.wishes[0].waits else None
 
     @property
     def settled(self) -> bool:
@@ -426,10 +426,11 @@ class Call:
 
     def _begin(
         self, events: Answering, options: Options | None, ahead: float | None, changes: Mapping[str, Any]
-    ) -> None:
+    ) -> Steps[None]:
         session = self.session
         self._asked.remove(events)
         options, speaker = session.how_to_answer(options, changes)
+        yield from session.commit_steps()
         session.open_reply()
         self.reading += session.lay_out(CHUNK)
         session.generation += 1
@@ -463,16 +464,19 @@ class Call:
         if not guess.void:
             guess.call = fork = self._house.fork(self)
             fork._asked.append(guess.events)
-            fork._begin(guess.events, options, None, changes)
+            fork._wish(lambda: fork._begin(guess.events, options, None, changes)).add_done_callback(
+                lambda done: _tell(guess.events, done)
+            )
 
     def _take_over(
         self, guess: Guess, options: Options | None, ahead: float | None, changes: Mapping[str, Any]
-    ) -> None:
-        """Become the fork that has begun to answer; where it has failed, begin anew."""
+    ) -> Steps[None] | None:
+        """Become the fork that has begun to answer; where it has not, or has failed, begin anew."""
         fork = guess.call
-        if fork is None or fork.error is not None:
-            self._begin(guess.events, options, ahead, changes)
-            return
+        if fork is None or fork.error is not None or fork.wishes:
+            if fork is not None:
+                self._house.leave(fork)
+            return self._begin(guess.events, options, ahead, changes)
         self._asked.remove(guess.events)
         self._house.leave(fork)
         self.session, self.reading, self.following, self.turn = fork.session, fork.reading, fork.following, fork.turn
@@ -481,6 +485,7 @@ class Call:
             self.turn.ahead, self.turn.first_at = ahead, self._house.now() if self.turn.frames else None
         if guess.events.cancelled:
             self.session.cancel()
+        return None
 
     def _forget(self) -> None:
         """Throw away an answer that was begun too early."""

@@ -208,7 +208,13 @@ class Engine:
     def _serve(self, lane: Lane) -> None:
         while self._running:
             ticket = self._ticket
-            if not lane.step():
+            try:
+                worked = lane.step()
+            except Exception as error:  # of the engine's own: whose it is nobody knows, and nobody is left waiting
+                for call in self.calls:
+                    call.fail(error)
+                worked = True
+            if not worked:
                 self._sweep()
                 with self._changed:
                     if self._ticket == ticket and self._running:

@@ -71,6 +71,14 @@ class Lane:
         self.house.wake()
         return True
 
+    def alone(self, call: Call, run: Callable[[Call], bool]) -> bool:
+        """What concerns one call only; if it raises, that call ends by it. Whether something was done."""
+        try:
+            return run(call)
+        except Exception as error:
+            call.fail(error)
+            return True
+
     def step(self) -> bool:
         """Run the most urgent work there is; whether there was any."""
         raise NotImplementedError
@@ -115,7 +123,7 @@ class Thinking(Lane):
         listening = [call for call in self.house.calls if call.asked is not None]
         if self.together("aut", listening, self.hear):
             wished += [self.do(call) for call in listening]
-        closed = [self.close(call) for call in list(self.house.calls)]
+        closed = [self.alone(call, self.close) for call in list(self.house.calls)]
         reads = self.batch()
         self.together("thinker", [call for call in reads if len(reads[call])], lambda some: self.read(some, reads))
         self.together("draw", [call for call in reads if self.is_drawing(call)], self.draw)
@@ -129,10 +137,11 @@ class Thinking(Lane):
         with self.noting("wish", [call]):
             if wish.go_on():
                 call.wishes.popleft()
-            try:
-                call.reading += call.session.lay_out(CHUNK)
-            except Exception as error:
-                call.fail(error)
+            return self.alone(call, self.lay_out)
+
+    def lay_out(self, call: Call) -> bool:
+        """What was said is to be read."""
+        call.reading += call.session.lay_out(CHUNK)
         return True
 
     def hear(self, calls: Sequence[Call]) -> None:
