@@ -35,6 +35,7 @@ PREFILL = 512  # positions the Thinker reads at once: bounds the memory of a lon
 WINDOWS = (1, 2, 4, 8)  # seconds AuT may attend over
 # scripts without spaces: Thai and Lao, Burmese, Khmer, kana, Han
 UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")
+RECENT = 26  # embeddings of AuT's that are kept: 2 s, for who judges whether a turn has ended
 TOKENS_PER_SECOND = 4.5  # of speech, where an answer was cut off before its own rate was known
 
 
@@ -71,6 +72,7 @@ class Ear:
         self.wave = self.resampler.init_state(1, *signal)
         self.mel = model.log_mel.init_state(1, *signal)
         self.aut = model.aut.init_state(1, *signal, window=window)
+        self.recent = torch.zeros(0, model.config.audio.output_dim, device=model.device)  # [n, U] AuT's last embeddings
 
     def hear(self, samples: Tensor, final: bool = False) -> Windows | None:
         """The windows that `samples` [N] close, for AuT.
@@ -83,13 +85,22 @@ class Ear:
             raise AudioError(f"the clip is longer than the limit of {MAX_SECONDS:g} seconds; commit it in parts")
         mel = self.model.config.audio.mel
         shortest = mel.n_fft // 2 / mel.sample_rate
-        if final and int(heard * mel.sample_rate / self.rate + 0.5) <= mel.n_fft // 2:  # half up, as the resampler does
+        if final and not self._reaches(heard):
             raise AudioError(
                 f"the clip is {1000 * heard / self.rate:.1f} ms long; it needs more than {1000 * shortest:g} ms"
             )
         self.samples = heard
         wave = self.resampler(samples[None].to(self.wave.tail), self.wave, final)
         return self.model.aut.close(self.model.log_mel(wave, self.mel, final), self.aut, final)
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether what was heard is long enough to be one."""
+        return self._reaches(self.samples)
+
+    def _reaches(self, samples: int) -> bool:
+        mel = self.model.config.audio.mel
+        return int(samples * mel.sample_rate / self.rate + 0.5) > mel.n_fft // 2  # half up, as the resampler does
 
     def copy(self) -> Ear:
         """An independent copy."""
@@ -308,7 +319,21 @@ class Conversation:
         with self.clock("aut"):
             windows = self._grad_free(ear.hear, samples, final)
         if windows is not None:
-            self._add_audio((yield windows))
+            rows = yield windows
+            ear.recent = torch.cat([ear.recent, rows.to(ear.recent)])[-RECENT:]
+            self._add_audio(rows)
+
+    def recent(self) -> Tensor:
+        """AuT's last embeddings [n, U] of the clip that is being heard, as if it ended here; it goes on as before."""
+        return self._at_once(self.recent_steps())
+
+    def recent_steps(self) -> Steps[Tensor]:
+        """`recent`, to be gone through."""
+        if self.ear is None or not self.ear.is_sound:
+            return torch.zeros(0, self.model.config.audio.output_dim, device=self.model.device)
+        ear = self.ear.copy()
+        windows = self._grad_free(ear.hear, torch.zeros(0), True)
+        return ear.recent if windows is None else torch.cat([ear.recent, (yield windows).to(ear.recent)])[-RECENT:]
 
     def _at_once(self, steps: Steps[Made]) -> Made:
         """What steps make, gone through at once."""
@@ -524,6 +549,8 @@ class Conversation:
             tensors["heard"] = torch.cat(self._rows)
         if self._audio:
             tensors["pending_audio"] = torch.cat(self._audio)
+        if self.ear and len(self.ear.recent):
+            tensors["recent"] = self.ear.recent
         facts = {name: getattr(self, name) for name in _SAVED}
         facts["answer"] = self.answer and asdict(self.answer)
         facts["writer"] = self.writer.pending
@@ -547,6 +574,7 @@ class Conversation:
         if facts["ear"]:
             session.ear = Ear(model, facts["ear"]["rate"], session.window)
             session.ear.samples = facts["ear"]["samples"]
+            session.ear.recent = tensors.get("recent", session.ear.recent).to(model.device)
         for name, state in session._states().items():
             state.load({k.removeprefix(name + "."): t for k, t in tensors.items() if k.startswith(name + ".")})
         session.hidden = tensors["hidden"].to(model.device) if "hidden" in tensors else None

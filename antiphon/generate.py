@@ -32,6 +32,7 @@ from antiphon.speaker import SPEAKER_FILE, SpeakerEncoder, load_speaker
 from antiphon.spoken import spoken
 from antiphon.talker import CLONED, opening_rows, trailing_text
 from antiphon.tokenizer import StreamDecoder
+from antiphon.turn import TURN_FILE, TurnEnd, load_turn
 from antiphon.weights import find_checkpoint, load_checkpoint
 
 REFERENCE = (1, 30)  # seconds of a recording that a voice is cloned from
@@ -501,6 +502,28 @@ class Omni(Boxes):
             voices = ", ".join(self.voices)
             raise InputError(f"this checkpoint has no {SPEAKER_FILE}, so it cannot clone a voice; it has {voices}")
         return load_speaker(self.beside / SPEAKER_FILE).float()
+
+    @cached_property
+    def turn_head(self) -> TurnEnd:
+        """What tells a pause from the end of a turn; a file beside the checkpoint, which the release has not.
+
+        Raises:
+            InputError: there is none.
+        """
+        if self.beside is None or not (self.beside / TURN_FILE).is_file():
+            raise InputError(f"this checkpoint has no {TURN_FILE}, so it cannot tell whether a turn has ended")
+        return load_turn(self.beside / TURN_FILE).to(self.device)
+
+    @torch.inference_mode()
+    def turn_end(self, recent: Tensor) -> float:
+        """How likely a turn has ended, from 0 to 1, by AuT's last embeddings [n, U], as `Session.recent` gives them.
+
+        It is 0 where nothing was heard.
+
+        Raises:
+            InputError: this checkpoint has no head for it.
+        """
+        return float(self.turn_head(recent[None]).sigmoid()) if len(recent) else 0.0
 
     @torch.inference_mode()
     def clone(self, samples: Any, rate: int) -> Tensor:

@@ -24,7 +24,7 @@ ORDER: list[set[str]] = [
     {"tokenizer"},
     {"chat"},
     {"audio", "layers", "spoken"},
-    {"messages", "aut", "thinker", "talker", "mtp", "code2wav", "codec", "speaker"},
+    {"messages", "aut", "thinker", "talker", "mtp", "code2wav", "codec", "speaker", "turn"},
     {"model"},
     {"weights"},
     {"conversation"},

@@ -36,6 +36,7 @@ from antiphon.train.stages.codec import CODEC_SIZES
 from antiphon.train.stages.common import Setting
 from antiphon.train.stages.speech import SpeechStage, spoken_in
 from antiphon.train.stages.thinker import ThinkerStage, collate_talks, read_talk, spelling_losses
+from antiphon.train.stages.turn import TurnStage
 from antiphon.train.talks import QUESTIONS, lay_out, with_blanks
 from tests.models import CPU, IDS, VOCAB, config_json, omni, script
 from tests.models import sound as exact_sound
@@ -489,3 +490,24 @@ def test_stages_train_and_export_a_checkpoint_that_speaks(place, tmp_path):
         assert path.read_bytes() == (grown / path.name).read_bytes(), path.name
     assert antiphon.load(grown).voices == ["chelsie", "ethan"]
     assert not (tmp_path / "unused").exists()
+
+
+def test_the_end_of_a_turn_is_learnt_and_the_ear_stands(place, tmp_path):
+    sources = [{"cuts": "say.jsonl.gz"}, {"cuts": "talk.jsonl.gz", "task": "talk"}]
+    stage = TurnStage(setting(place, "turn", {"aut": "thinker"}, sources, head={"hidden": 16}))
+    before = {n: t.clone() for n, t in stage.aut.state_dict().items()}
+    step = next(step for step in range(50) if len(set(stage.batch(step).ended.tolist())) == 2)
+    batch = stage.batch(step)
+    assert torch.equal(batch.mel, stage.batch(step).mel)
+    first = float(stage.loss("turn", batch, 0).total.detach())
+    optimizer = torch.optim.Adam(stage.turn.parameters(), 0.01)
+    for _ in range(30):
+        optimizer.zero_grad()
+        stage.loss("turn", batch, step).total.backward()
+        optimizer.step()
+    assert float(stage.loss("turn", batch, 0).total.detach()) < 0.5 * first
+    assert all(torch.equal(t, before[n]) for n, t in stage.aut.state_dict().items())
+    figures = stage.validate()
+    assert figures["wrong"] == pytest.approx((figures["cut_off"] + figures["kept_waiting"]) / 2)
+    stage.sample(tmp_path, Mock())
+    assert (tmp_path / "judged.png").exists()

@@ -312,6 +312,10 @@ class Call:
         """As `Session.commit`."""
         return self._wish(lambda: self.session.commit_steps())
 
+    def recent(self) -> Future[Tensor]:
+        """As `Session.recent`, for `Omni.turn_end`."""
+        return self._wish(lambda: self.session.recent_steps())
+
     def respond(self, options: Options | None = None, *, ahead: float | None = None, **changes: Any) -> Answering:
         """Answer what was said: the events of `Session.respond`; errors come with them.
 

@@ -1,7 +1,8 @@
-"""Export: finished runs as one checkpoint in the released form, with the codec and the speaker encoder beside it.
+"""Export: finished runs as one checkpoint in the released form, with what the release has not beside it.
 
 Each box is a file of its own, and a recipe writes those that its `init` names: a checkpoint grows box by box. The
-released form has no names for the codec's encoder and the speaker encoder: they are files of their own. A preset
+released form has no names for the codec's encoder, the speaker encoder and the head that hears the end of a turn: they
+are files of their own. A preset
 voice is the mean of the vectors that the speaker encoder makes of its recordings, as a row of the Talker's embedding.
 """
 
@@ -25,6 +26,7 @@ from antiphon.train.recipe import read_fields
 from antiphon.train.stages.codec import read_codec_config
 from antiphon.train.stages.common import TOKENIZER, Setting
 from antiphon.train.stages.speech import spoken_in, voice_of
+from antiphon.turn import TURN_FILE, TurnConfig, TurnEnd, save_turn
 from antiphon.weights import save_boxes, save_codec
 
 
@@ -33,6 +35,7 @@ class ExportOptions:
     """What an export is made with."""
 
     speaker: dict[str, Any] = field(default_factory=dict)  # sizes of the speaker encoder
+    turn: dict[str, Any] = field(default_factory=dict)  # sizes of the head that hears the end of a turn
     dtype: str = "bfloat16"
     takes: int = 24  # recordings that a preset voice is the mean of
     into: str = ""  # folder of the checkpoint, the run's own by default
@@ -48,6 +51,8 @@ def export(setting: Setting, run: Path) -> Path:
     options = read_fields(ExportOptions, dict(recipe.options), f"{recipe.name}.options")
     boxes = Boxes(setting.config, setting.tokenizer)
     parts: dict[str, nn.Module] = {"aut": boxes.aut, "thinker": boxes.thinker}
+    sizes = {"width": setting.config.audio.output_dim, **options.turn}
+    parts["turn"] = TurnEnd(read_fields(TurnConfig, sizes, "turn"))
     if boxes.speech is not None:
         parts |= {"talker": boxes.speech.talker, "mtp": boxes.speech.mtp, "code2wav": boxes.speech.code2wav}
         width = boxes.speech.talker.config.text.hidden_size
@@ -65,6 +70,8 @@ def export(setting: Setting, run: Path) -> Path:
     if boxes.speech is not None and isinstance(speaker := chosen.get("speaker"), SpeakerEncoder):
         store_voices(boxes.speech.talker.model.codec_embedding, speaker, setting, options.takes)
         save_speaker(speaker.to(dtype), folder / SPEAKER_FILE)
+    if isinstance(turn := chosen.get("turn"), TurnEnd):
+        save_turn(turn.to(dtype), folder / TURN_FILE)
     if isinstance(codec := chosen.get("codec"), Codec):
         save_codec(codec.to(dtype), folder)
     save_boxes(boxes.to(dtype), chosen, folder, companions=setting.run_of(TOKENIZER))

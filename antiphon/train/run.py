@@ -25,6 +25,7 @@ from antiphon.train.stages.codec import CODEC_SIZES, Code2WavStage, CodecStage
 from antiphon.train.stages.common import Setting
 from antiphon.train.stages.speech import SpeechStage
 from antiphon.train.stages.thinker import ThinkerStage
+from antiphon.train.stages.turn import TurnStage
 from antiphon.train.text import fill_ids, tokens_per_second, train_tokenizer, transcript, write_config
 
 STAGES: dict[str, Callable[[Setting], Stage]] = {
@@ -33,6 +34,7 @@ STAGES: dict[str, Callable[[Setting], Stage]] = {
     "code2wav": Code2WavStage,
     "thinker": ThinkerStage,
     "speech": SpeechStage,
+    "turn": TurnStage,
 }
 say = Console(stderr=True, highlight=False)
 ORDER = "order.yaml"  # in a folder of recipes: which, one after another

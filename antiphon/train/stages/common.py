@@ -20,6 +20,7 @@ from antiphon.tokenizer import Tokenizer
 from antiphon.train.data import Mix
 from antiphon.train.loop import fill, load_weights
 from antiphon.train.recipe import Data, Optimization, Recipe, Source
+from antiphon.turn import TURN_FILE, TurnEnd, load_turn
 from antiphon.weights import find_checkpoint, load_box, load_codec
 
 TOKENIZER = "tokenizer"  # the run that every other stage takes its tokenizer and its config.json from
@@ -92,12 +93,15 @@ class Setting:
             module.load_state_dict({n: torch.stack([w[n] for w in weights]).mean(0) for n in weights[0]})
         elif "/" not in source:
             load_weights(module, self.run_of(source), name)
-        elif isinstance(module, Codec):  # this one and the next are files of their own beside a checkpoint
+        elif isinstance(module, Codec):  # this one and the next two are files of their own beside a checkpoint
             folder = find_checkpoint(source)
             fill(module, load_codec(folder, module.config.num_quantizers).state_dict(), "", folder)
         elif isinstance(module, SpeakerEncoder):
             folder = find_checkpoint(source)
             fill(module, load_speaker(folder / SPEAKER_FILE).state_dict(), "", folder)
+        elif isinstance(module, TurnEnd):
+            folder = find_checkpoint(source)
+            fill(module, load_turn(folder / TURN_FILE).state_dict(), "", folder)
         else:
             load_box(module, name, source)
 
