@@ -9,7 +9,8 @@ Shapes: N samples.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +18,12 @@ import numpy as np
 from antiphon.audio import Samples
 from antiphon.conversation import UNSPACED
 from antiphon.errors import InputError
-from antiphon.generate import Omni, collect
+from antiphon.generate import Done, Event, Omni, TextDelta
 
 LONGEST = 30.0  # seconds of a piece, unless the checkpoint's config.json says what it was trained on
 PAUSE = 0.2  # seconds whose loudness decides where to cut
 FASTEST, LEAST_TOKENS = 25, 16  # text tokens that a second of speech can be, and some for none: a loop ends there
+LOOP = re.compile(r"(.{1,60}?)\1{6,}$", re.DOTALL)  # the same over and over: nobody says that, but models do
 PROMPTS = {"zh": "请将这段中文语音转换为纯文本。", "": "Transcribe the audio into text."}  # the release's own
 HEARD = tuple(
     ["ar", "de", "en", "es", "fr", "id", "it", "ja", "ko", "ms", "nl", "pt", "ru", "th", "tr", "ur", "vi", "yue", "zh"]
@@ -44,7 +46,7 @@ class Transcript:
 
     pieces: list[Piece]
     seconds: float
-    finish: str = "stop"  # length: the limit of text tokens was reached in a piece
+    finish: str = "stop"  # length: the limit of text tokens was reached in a piece; loop: it went round in circles
 
     @property
     def text(self) -> str:
@@ -81,11 +83,26 @@ def transcribe(
         session.append_clip(samples[start:stop], rate)
         session.append_text(PROMPTS.get(language, PROMPTS[""]))
         most = min(max_text_tokens, most_tokens((stop - start) / rate))
-        reply = collect(session.respond(audio=False, max_text_tokens=most))
-        pieces.append(Piece(start / rate, stop / rate, reply.text.strip()))
-        finish = reply.finish if reply.finish != "stop" else finish
+        text, ended = written(session.respond(audio=False, max_text_tokens=most))
+        pieces.append(Piece(start / rate, stop / rate, text))
+        finish = ended if ended != "stop" else finish
         progress(stop / rate, len(samples) / rate)
     return Transcript(pieces, len(samples) / rate, finish)
+
+
+def written(events: Iterator[Event]) -> tuple[str, str]:
+    """Text of an answer that writes something down, and how it ended: "loop" where it began to go round in circles."""
+    text = ""
+    for event in events:
+        if isinstance(event, TextDelta):
+            text += event.text
+            if circle := LOOP.search(text):
+                if isinstance(events, Generator):
+                    events.close()
+                return text[: circle.start() + len(circle[1])].strip(), "loop"
+        elif isinstance(event, Done):
+            return event.reply.text.strip(), event.reply.finish
+    return text.strip(), "stop"
 
 
 def most_tokens(seconds: float) -> int:

@@ -56,11 +56,32 @@ def test_a_long_recording_is_heard_piece_by_piece() -> None:
 def test_a_model_that_goes_on_and_on_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     """No speech has so many words: two seconds end after 16 + 2 * 25 tokens, and the transcript says so."""
     model = omni()
-    script(monkeypatch, model, "and on " * 400)
+    script(monkeypatch, model, " ".join(str(n * n) for n in range(400)))
     heard = transcribe(model, bursts([0, 0]), RATE)
     assert heard.finish == "length"
     assert len(model.tokenizer.encode(heard.text)) <= 66
     assert len(heard.text) > 60
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ("it is April, " + "April, " * 20, "it is April,"),
+        ("a" * 30, "a"),
+        ("gut gut gut gut gut gut", "gut gut gut gut gut gut"),  # six times may be meant
+        ("drei. " + "und dann, ja " * 9 + "Ende", "drei. und dann, ja"),
+    ],
+)
+def test_a_transcript_that_goes_round_in_circles_ends_there(
+    monkeypatch: pytest.MonkeyPatch, said: str, kept: str
+) -> None:
+    model = omni()
+    script(monkeypatch, model, said)
+    heard = transcribe(model, bursts([0, 0, 0, 0, 0, 0]), RATE)
+    assert heard.text == kept
+    assert heard.finish == ("loop" if kept != said else "stop")
+    script(monkeypatch, model, "fine")
+    assert transcribe(model, bursts([0]), RATE).text == "fine", "the next is heard as ever"
 
 
 def test_what_cannot_be_transcribed() -> None:

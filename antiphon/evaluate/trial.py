@@ -14,7 +14,7 @@ from antiphon.audio import Samples
 from antiphon.generate import Omni, Session, collect
 from antiphon.train.data import Example, load_samples, read_cuts
 from antiphon.train.talks import cut_out
-from antiphon.transcripts import HEARD, PROMPTS, most_tokens, transcribe
+from antiphon.transcripts import HEARD, PROMPTS, most_tokens, transcribe, written
 
 PIECE = 0.08  # seconds of sound that arrive at once in a stream
 Track = Callable[[Sequence[Any], str], Iterable[Any]]  # goes over items and shows how far it is
@@ -73,7 +73,7 @@ class Trial:
         for start in range(0, len(samples), round(PIECE * rate)):
             session.append_audio(samples[start : start + round(PIECE * rate)], rate)
         session.append_text(PROMPTS.get(known, PROMPTS[""]))
-        return collect(session.respond(audio=False, max_text_tokens=most_tokens(len(samples) / rate))).text.strip()
+        return written(session.respond(audio=False, max_text_tokens=most_tokens(len(samples) / rate)))[0]
 
     def ask(self, example: Example, question: str) -> str:
         """The answer to a written question about a clip."""
