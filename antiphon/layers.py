@@ -150,7 +150,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
     Query heads of one key head are further queries of it, so keys are not repeated in memory.
     """
-    (batch, steps, heads, dim), keys = q.shape, k.shape[1]
+    batch, steps, heads, dim, keys = map(int, (*q.shape, k.shape[1]))  # plain numbers in a recording too
     if steps == 1 and q.device.type == "cpu":  # all overhead: three kernels take a third of the fused one's time
         q = q.reshape(batch * keys, heads // keys, dim)
         nothing = constant(0.0, q.device, q.dtype)

@@ -12,7 +12,7 @@ Shapes: R rows (one conversation each), L layers, H heads, S slots, D head size,
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import accumulate, repeat
 from typing import Any, Protocol, Self
@@ -88,21 +88,9 @@ class State:
         given = iter(tensors)
         return self._map(lambda tensor, dim: next(given))
 
-    def take_in(self, states: Sequence[Self]) -> None:
-        """Copy the rows of `states`, one after another, into the first rows of this one; for fixed sizes only."""
-        self._share(states, lambda mine, theirs: mine.copy_(theirs))
-
-    def give_back(self, states: Sequence[Self]) -> None:
-        """Copy the first rows of this one back to `states`, from which `take_in` has them."""
-        self._share(states, lambda mine, theirs: theirs.copy_(mine))
-
-    def _share(self, states: Sequence[Self], copied: Callable[[Tensor, Tensor], Tensor]) -> None:
-        every = [list(state._tensors()) for state in states]
-        for (_, dim, whole), *own in zip(self._tensors(), *every, strict=True):
-            start = 0
-            for _, _, tensor in own:
-                copied(whole.narrow(dim, start, tensor.shape[dim]), tensor)
-                start += tensor.shape[dim]
+    def each(self) -> list[Self]:
+        """Views of the single rows."""
+        return [self.view(row, row + 1) for row in range(self.rows)]
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over saved tensors, in place.
@@ -124,6 +112,12 @@ class State:
                 done = change(value, dim) if isinstance(value, Tensor) else [change(t, dim) for t in value]
                 setattr(new, f.name, done)
         return new
+
+
+def copy_states(to: Sequence[State], given: Sequence[State]) -> None:
+    """Copy each of `given`, of one kind and size, into its counterpart: hundreds of small tensors in one call."""
+    targets, sources = ([t for state in states for _, _, t in state._tensors()] for states in (to, given))
+    torch._foreach_copy_(targets, sources)
 
 
 # ------------------------------------------------------------------------------------------- attention
@@ -205,6 +199,30 @@ class PlacedSpan(Slots):
         self.cache.advance(self.steps)
 
 
+class Past(Slots):
+    """One step after a past that is given: keys and values [L, 1, H, n, D] whose last slot is the step's own.
+
+    A recorded step takes them as inputs, of any length; whose they are counts the step.
+    """
+
+    steps, mask = 1, None
+
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        super().__init__(k, v, k.shape[3] - 1, k.shape[3])
+
+    @property
+    def positions(self) -> Tensor:
+        """[1, 1]."""
+        return torch.full((1, 1), self._past[0][0].shape[2] - 1)
+
+    def span(self, steps: int) -> Past:
+        """The one step."""
+        return self
+
+    def close(self) -> None:
+        """Nothing to move on."""
+
+
 def open_span(
     cache: KVCache | WindowCache | FrameCache | JoinedCaches | None, x: Tensor, window: int | None = None
 ) -> Span | JoinedSpan:
@@ -260,6 +278,11 @@ class KVCache(State):
         if self.rows == 1 and self.k.device.type == "cpu":  # elsewhere the place stays a tensor, for graphs to read
             return PlacedSpan(self, self.filled, steps)
         return _CacheSpan(self, steps)
+
+    def past(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of a single row with room for one more step, as `Past` takes them; `advance` counts it."""
+        self.reserve(self.filled + 1)
+        return self.k[:, :, :, : self.filled + 1], self.v[:, :, :, : self.filled + 1]
 
     def advance(self, steps: int) -> None:
         """Count `steps` more in every row."""
@@ -334,7 +357,7 @@ class JoinedCaches:
     attends over its own cache, so it does not matter who its neighbours are nor how long they have been there.
     """
 
-    def __init__(self, caches: Sequence[KVCache], steps: Sequence[int], padded: int) -> None:
+    def __init__(self, caches: Sequence[KVCache | Past], steps: Sequence[int], padded: int) -> None:
         self.caches, self.steps, self.padded = caches, steps, padded
 
     def span(self, steps: int) -> JoinedSpan:
