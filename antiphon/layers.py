@@ -20,13 +20,11 @@ from antiphon.binding import Bound, Part, bound
 from antiphon.config import DecoderConfig
 from antiphon.streaming import (
     CACHE_BLOCK,
-    FrameCache,
-    JoinedCaches,
+    Cache,
     JoinedSpan,
     KVCache,
     PlacedSpan,
     Span,
-    WindowCache,
     open_span,
 )
 
@@ -396,7 +394,7 @@ class DecoderLayer(Part):
 def run_layers(
     layers: Iterable[Bound],
     x: Tensor,
-    cache: KVCache | WindowCache | FrameCache | JoinedCaches | None,
+    cache: Cache | None,
     head_dim: int,
     theta: float,
     *,
@@ -461,7 +459,7 @@ class Decoder(Part):
     def forward(
         self,
         x: Tensor,
-        state: KVCache | FrameCache | JoinedCaches | None = None,
+        state: Cache | None = None,
         positions: Tensor | None = None,
         tap: int | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -477,7 +475,7 @@ class Decoder(Part):
         layers: Iterable[Bound],
         norm: Bound,
         x: Tensor,
-        state: KVCache | FrameCache | JoinedCaches | None = None,
+        state: Cache | None = None,
         positions: Tensor | None = None,
         tap: int | None = None,
     ) -> tuple[Tensor, Tensor]:

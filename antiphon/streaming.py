@@ -117,7 +117,7 @@ class State:
 def copy_states(to: Sequence[State], given: Sequence[State]) -> None:
     """Copy each of `given`, of one kind and size, into its counterpart: hundreds of small tensors in one call."""
     targets, sources = ([t for state in states for _, _, t in state._tensors()] for states in (to, given))
-    torch._foreach_copy_(targets, sources)
+    torch.ops.aten._foreach_copy_(targets, sources)
 
 
 # ------------------------------------------------------------------------------------------- attention
@@ -155,7 +155,7 @@ class WholeSpan:
     def of(cls, steps: int, window: int | None, device: torch.device) -> WholeSpan:
         """Causal span of `steps`, each seeing at most the last `window` steps, itself included."""
         positions = torch.arange(steps, device=device)[None]
-        return cls(steps, positions, _visible(positions, positions, window))
+        return cls(steps, positions, visible(positions, positions, window))
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Nothing to keep."""
@@ -187,7 +187,7 @@ class PlacedSpan(Slots):
         self.cache, self.start, self.steps, self.device = cache, start, steps, cache.k.device
         self.mask: Tensor | None = None
         if steps > 1:
-            self.mask = _visible(self.positions, torch.arange(start + steps, device=self.device)[None], None)
+            self.mask = visible(self.positions, torch.arange(start + steps, device=self.device)[None], None)
 
     @property
     def positions(self) -> Tensor:
@@ -205,15 +205,15 @@ class Past(Slots):
     A recorded step takes them as inputs, of any length; whose they are counts the step.
     """
 
-    steps, mask = 1, None
-
     def __init__(self, k: Tensor, v: Tensor) -> None:
         super().__init__(k, v, k.shape[3] - 1, k.shape[3])
+        self.steps, self.device = 1, k.device
+        self.mask: Tensor | None = None
 
     @property
     def positions(self) -> Tensor:
         """[1, 1]."""
-        return torch.full((1, 1), self._past[0][0].shape[2] - 1)
+        return torch.full((1, 1), self._past[0][0].shape[2] - 1, device=self.device)
 
     def span(self, steps: int) -> Past:
         """The one step."""
@@ -223,14 +223,20 @@ class Past(Slots):
         """Nothing to move on."""
 
 
-def open_span(
-    cache: KVCache | WindowCache | FrameCache | JoinedCaches | None, x: Tensor, window: int | None = None
-) -> Span | JoinedSpan:
+class Cache(Protocol):
+    """Where the past of one or several sequences is kept."""
+
+    def span(self, steps: int) -> Span | JoinedSpan:
+        """The next `steps` steps."""
+        ...
+
+
+def open_span(cache: Cache | None, x: Tensor, window: int | None = None) -> Span | JoinedSpan:
     """The span of x [B, T, …] after what `cache` holds."""
     return WholeSpan.of(x.shape[1], window, x.device) if cache is None else cache.span(x.shape[1])
 
 
-def _visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:
+def visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:
     """Causal mask [R, 1, T, S] of query positions [R, T] over key positions [R, S]."""
     q, k = query[:, None, :, None], key[:, None, None, :]
     mask = k <= q
@@ -262,15 +268,19 @@ class KVCache(State):
         Raises:
             CapacityError: more than `capacity`.
         """
-        if slots > self.capacity:
-            raise CapacityError(
-                f"the conversation needs {slots} positions and its cache holds {self.capacity}; shorten it"
-            )
+        self.check(slots)
         if slots > self.k.shape[3]:
             block = -(-slots // CACHE_BLOCK) * CACHE_BLOCK
             more = min(block, max(self.capacity, slots)) - self.k.shape[3]
             self.k = F.pad(self.k, (0, 0, 0, more))
             self.v = F.pad(self.v, (0, 0, 0, more))
+
+    def check(self, slots: int) -> None:
+        """Raise CapacityError if a row is not to have `slots`."""
+        if slots > self.capacity:
+            raise CapacityError(
+                f"the conversation needs {slots} positions and its cache holds {self.capacity}; shorten it"
+            )
 
     def span(self, steps: int) -> Span:
         """Room for `steps` more per row."""
@@ -336,7 +346,7 @@ class _CacheSpan:
         self.positions = cache.length[:, None] + torch.arange(steps, device=device)
         # whole blocks, so that a row's attention runs over the same number of slots in any batch
         self.used = min(-(-(cache.filled + steps) // CACHE_BLOCK) * CACHE_BLOCK, cache.k.shape[3])
-        self.mask: Tensor | None = _visible(self.positions, torch.arange(self.used, device=device)[None], None)
+        self.mask: Tensor | None = visible(self.positions, torch.arange(self.used, device=device)[None], None)
         self.index = self.positions[:, None, :, None]
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -362,7 +372,8 @@ class JoinedCaches:
 
     def span(self, steps: int) -> JoinedSpan:
         """The next `steps` steps: those of all caches, and what pads them."""
-        return JoinedSpan([cache.span(own) for cache, own in zip(self.caches, self.steps, strict=True)], steps)
+        spans: list[Span] = [cache.span(own) for cache, own in zip(self.caches, self.steps, strict=True)]
+        return JoinedSpan(spans, steps)
 
 
 class JoinedSpan:
@@ -414,7 +425,7 @@ class _WindowSpan(Slots):
         super().__init__(self.k, self.v, kept, kept + steps)
         places = cache.length[:, None] + torch.arange(-kept, steps, device=cache.k.device)
         self.positions = places[:, kept:]
-        self.mask: Tensor | None = _visible(self.positions, places, kept + 1)
+        self.mask: Tensor | None = visible(self.positions, places, kept + 1)
 
     def close(self) -> None:
         self.cache.k.copy_(self.k[:, :, :, self.steps :])

@@ -9,16 +9,17 @@ from __future__ import annotations
 import bisect
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from antiphon.engine.blocks import BlockCache, BlockPool, BlockSpan
 from antiphon.streaming import JoinedCaches, KVCache, Past, State
 
-Step = Callable[..., tuple[Tensor, ...]]
+Step: TypeAlias = Callable[..., tuple[Tensor, ...]]
 
 BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # rows of a matrix product
 
@@ -35,13 +36,14 @@ def padded_rows(x: Tensor) -> tuple[Tensor, int]:
     return F.pad(x, (0, 0) * (x.dim() - 1) + (0, rows - len(x))), rows
 
 
-def capture(step: Step, state: State, examples: Sequence[Tensor]) -> Step:
+def capture(step: Step, state: State, examples: Sequence[Tensor], memory: Any = None) -> Step:
     """`step(state, *inputs)` as a function of inputs of the shapes of `examples`, on whose device it runs.
 
-    The state is changed in place, by the recording too; what a call gives is valid until the next.
+    The state is changed in place, by the recording too; what a call gives is valid until the next one with the same
+    `graph_memory`.
     """
     step(state, *examples)  # what is made on first use (tables, constants) is no part of the recording
-    return _graph(step, state, examples) if examples[0].is_cuda else _trace(step, state, examples)
+    return _graph(step, state, examples, memory) if examples[0].is_cuda else _trace(step, state, examples)
 
 
 def _trace(step: Step, state: State, examples: Sequence[Tensor]) -> Step:
@@ -55,16 +57,17 @@ def _trace(step: Step, state: State, examples: Sequence[Tensor]) -> Step:
     return lambda *inputs: traced(*inputs, *kept)
 
 
-def _graph(step: Step, state: State, examples: Sequence[Tensor]) -> Step:
+def _graph(step: Step, state: State, examples: Sequence[Tensor], memory: Any) -> Step:
     inputs = [example.clone() for example in examples]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
+    device = inputs[0].device
+    torch.cuda.current_stream(device).synchronize()
+    side, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(side):
+        for _ in range(2):  # libraries choose their kernels and take their workspaces
             step(state, *inputs)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    side.synchronize()
+    # the other lane goes on in its thread while this one records
+    with torch.cuda.graph(graph, memory, side, capture_error_mode="thread_local"):
         outputs = step(state, *inputs)
 
     def replay(*given: Tensor) -> tuple[Tensor, ...]:
@@ -76,43 +79,61 @@ def _graph(step: Step, state: State, examples: Sequence[Tensor]) -> Step:
     return replay
 
 
+def graph_memory(device: torch.device) -> Any:
+    """What the graphs of one thread may share: they run one after another, and nobody keeps what they give."""
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+
 class OneStep:
     """One position of each of several conversations, after caches of any length.
 
-    `run(caches, positions [1, B], *inputs)` is what is recorded, inputs and outputs with a row for each; `nobody` is an
-    empty cache for rows that are there to fill a bucket.
+    `run(caches, positions, *inputs [B, …])` is what is recorded, inputs and outputs with a row for each conversation;
+    positions are [1, B], or None where the caches know them. `nobody` is an empty cache for rows that are there to fill
+    a bucket; with a pool, the caches are all blocks of it.
     """
 
-    def __init__(self, run: Step, nobody: KVCache) -> None:
-        self.run, self.nobody = run, nobody
-        self.records = dict[int, Step]()
+    def __init__(self, run: Step, nobody: KVCache, pool: BlockPool | None = None, memory: Any = None) -> None:
+        self.run, self.nobody, self.pool, self.memory = run, nobody, pool, memory
+        self.records = dict[tuple[int, int], Step]()
 
     def __call__(self, caches: Sequence[KVCache], *inputs: Tensor) -> tuple[Tensor, ...]:
         """The outputs for inputs [B, …] of as many caches, each of which is a step longer afterwards."""
-        rows = bucket(len(caches))
-        given = self._given([*caches, *[self.nobody] * (rows - len(caches))], [padded_rows(x)[0] for x in inputs])
-        if rows not in self.records:
-            self.records[rows] = self._record(given, len(inputs))
-        outputs = self.records[rows](*given)
+        rows, padded = bucket(len(caches)), [padded_rows(x)[0] for x in inputs]
+        outputs = (
+            self._alone(caches, rows, padded) if self.pool is None else self._pooled(self.pool, caches, rows, padded)
+        )
         for cache in caches:
             cache.advance(1)
         return tuple(output[: len(caches)] for output in outputs)
 
-    @staticmethod
-    def _given(caches: Sequence[KVCache], inputs: Sequence[Tensor]) -> list[Tensor]:
-        """What a recording takes: positions, inputs, and the past of each row."""
-        places = torch.tensor([[cache.filled for cache in caches]])
-        return [places, *inputs, *[part for cache in caches for part in cache.past()]]
+    def _alone(self, caches: Sequence[KVCache], rows: int, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """With caches that have memory of their own: each past is an input, of any length."""
+        every, count = [*caches, *[self.nobody] * (rows - len(caches))], len(inputs)
+        places = torch.tensor([[cache.filled for cache in every]])
+        given = [places, *inputs, *[part for cache in every for part in cache.past()]]
 
-    def _record(self, given: Sequence[Tensor], inputs: int) -> Step:
-        """A traced function: the past is an input that may have any length."""
+        def step(places: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+            pasts = [Past(k, v) for k, v in zip(rest[count::2], rest[count + 1 :: 2], strict=True)]
+            return self.run(JoinedCaches(pasts, [1] * len(pasts), len(pasts)), places, *rest[:count])
 
-        def whole(places: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-            pasts = [Past(k, v) for k, v in zip(rest[inputs::2], rest[inputs + 1 :: 2], strict=True)]
-            return self.run(JoinedCaches(pasts, [1] * len(pasts), len(pasts)), places, *rest[:inputs])
+        if (rows, 0) not in self.records:
+            step(*given)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # all sizes but those of the past are fixed, as they are meant to be
+                traced: Any = torch.jit.trace(step, tuple(given), check_trace=False)
+            self.records[rows, 0] = traced
+        return self.records[rows, 0](*given)
 
-        whole(*given)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # all sizes but those of the past are fixed, as they are meant to be
-            traced: Any = torch.jit.trace(whole, tuple(given), check_trace=False)
-        return traced
+    def _pooled(
+        self, pool: BlockPool, caches: Sequence[KVCache], rows: int, inputs: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """With blocks of a pool, which the table of the rows finds: one recording for every width of it."""
+        table, length = pool.table([cache for cache in caches if isinstance(cache, BlockCache)], rows)
+
+        def step(pool: BlockPool, table: Tensor, length: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            return self.run(BlockSpan(pool, table, length, 1), None, *inputs)
+
+        place = (rows, table.shape[1])
+        if place not in self.records:
+            self.records[place] = capture(step, pool, [table, length, *inputs], self.memory)
+        return self.records[place](table, length, *inputs)

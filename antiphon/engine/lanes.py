@@ -25,15 +25,21 @@ from torch import Tensor
 from antiphon.aut import Windows
 from antiphon.binding import bound
 from antiphon.code2wav import Code2WavState
-from antiphon.engine.call import CHUNK, Call, House, Turn, Work
-from antiphon.engine.capture import BUCKETS, OneStep, Step, bucket, capture, padded_rows
+from antiphon.engine.blocks import BlockPool, pool_for
+from antiphon.engine.call import CHUNK, Call, EngineSession, House, Turn, Work
+from antiphon.engine.capture import BUCKETS, OneStep, Step, bucket, capture, graph_memory, padded_rows
+from antiphon.errors import BusyError
 from antiphon.generate import AudioDelta, Done, reply_of
 from antiphon.sampling import MTP, TALKER, NoiseKey, Sampling, choose, gumbel
-from antiphon.streaming import JoinedCaches, KVCache, copy_states
+from antiphon.streaming import CACHE_BLOCK, JoinedCaches, KVCache, copy_states
 
 FIRST_WORDS = 2  # before there is a frame: the Talker, which is at it, has the machine to itself
 WORDS_AHEAD = 8  # of the frame that is made next: further on an answer's text can wait
 POSITIONS = 256  # of prompts that are read in one step, beside the tokens of answers
+
+
+TURN_BLOCKS = 4  # of a pool, that a conversation which comes in should find free
+RETRY = 5.0  # seconds after which one who was refused may ask again: about an answer's length
 
 
 Way: TypeAlias = tuple[Sampling, Sampling]  # how codebook 0 is drawn, and how the others
@@ -54,6 +60,8 @@ class Lane:
 
     def __init__(self, house: House) -> None:
         self.house, self.model = house, house.model
+        self.pool: BlockPool | None = None
+        self.memory = graph_memory(self.model.device)
 
     @contextmanager
     def noting(self, name: str, calls: Iterable[Call]) -> Iterator[None]:
@@ -100,6 +108,28 @@ class Lane:
         """Of a call, those that this lane writes."""
         raise NotImplementedError
 
+    def take_in(self, session: EngineSession) -> None:
+        """Have a session's caches where this lane's steps want them.
+
+        Raises:
+            BusyError: the memory for conversations is used up.
+        """
+
+    def held(self, cache: KVCache) -> KVCache:
+        """A cache in this lane's pool, if it has one."""
+        if self.pool is None:
+            return cache
+        if len(self.pool.free) < TURN_BLOCKS + cache.filled // CACHE_BLOCK:
+            raise BusyError(len(self.house.calls), RETRY)
+        cache = self.pool.hold(cache)
+        self.hand_over()
+        return cache
+
+    def hand_over(self) -> None:
+        """Wait until what this lane computed is there: the other has a stream of its own."""
+        if self.model.device.type == "cuda":
+            torch.cuda.current_stream(self.model.device).synchronize()
+
     @property
     def seconds(self) -> float:
         """Of a frame."""
@@ -122,16 +152,21 @@ class Thinking(Lane):
     def __init__(self, house: House) -> None:
         super().__init__(house)
         thinker, place = house.model.thinker, (house.model.device, house.model.dtype)
-        self.think, decode = bound(thinker), bound(thinker.model)
+        nobody = thinker.init_state(1, thinker.config.max_position_embeddings, *place)
+        self.think, decode, self.pool = bound(thinker), bound(thinker.model), pool_for(nobody)
         self.go_on = OneStep(
-            lambda caches, places, x: decode(x[None], caches, places)[0].unbind(), thinker.init_state(1, 1, *place)
+            lambda caches, places, x: decode(x[None], caches, places)[0].unbind(), nobody, self.pool, self.memory
         )
+
+    def take_in(self, session: EngineSession) -> None:
+        """The Thinker's."""
+        session.thinker = self.held(session.thinker)
 
     def warm(self, conversations: int) -> None:
         """Record the step of a token for every number of rows up to that of the conversations."""
         thinker, place = self.model.thinker, (self.model.device, self.model.dtype)
         for rows in BUCKETS[: bisect.bisect_left(BUCKETS, conversations) + 1]:
-            caches = [thinker.init_state(1, 4, *place) for _ in range(rows)]
+            caches = [self.held(thinker.init_state(1, 4, *place)) for _ in range(rows)]
             for _ in range(3):  # a recording is made better in its first runs
                 self.go_on(caches, torch.zeros(rows, thinker.config.hidden_size, dtype=place[1], device=place[0]))
 
@@ -215,9 +250,11 @@ class Thinking(Lane):
         steps = [len(reads[call]) for call in calls]
         x, padded = padded_rows(torch.cat([reads[call] for call in calls]))
         hidden, accept = self.think(x[None], JoinedCaches([call.session.thinker for call in calls], steps, padded))
-        parts = (whole[0, : sum(steps)].split(steps) for whole in (hidden, accept))
-        for call, states, tapped in zip(calls, *parts, strict=True):
+        hidden, accept = (whole[0, : sum(steps)].split(steps) for whole in (hidden, accept))
+        for call, states in zip(calls, hidden, strict=True):
             call.session.hidden = states[-1:].clone()
+        self.hand_over()
+        for call, tapped in zip(calls, accept, strict=True):
             if call.reading:
                 chunk = call.reading.popleft()
                 if chunk.mine and self.model.speech is not None:
@@ -275,14 +312,21 @@ class Speaking(Lane):
         self.speech = speech = house.model.speaking()
         self.talk, self.records = bound(speech.talker), dict[tuple[Way, int], Recorded]()
         self.suppress = speech.talker.suppressed(house.model.device)
-        nobody = speech.talker.init_state(1, 1, house.model.device, house.model.dtype)
-        self.go_on = OneStep(self.bind_talker(), nobody)
+        capacity, place = speech.talker.config.text.max_position_embeddings, (house.model.device, house.model.dtype)
+        nobody = speech.talker.init_state(1, capacity, *place)
+        self.pool = pool_for(nobody)
+        self.go_on = OneStep(self.bind_talker(), nobody, self.pool, self.memory)
+
+    def take_in(self, session: EngineSession) -> None:
+        """The Talker's."""
+        session.talker = self.held(session.talker)
 
     def warm(self, conversations: int) -> None:
         """Record a frame for every number of rows up to that of the conversations, drawn as the release draws."""
         talker, place = self.speech.talker, (self.model.device, self.model.dtype)
         for rows in BUCKETS[: bisect.bisect_left(BUCKETS, conversations) + 1]:
-            caches, record = [talker.init_state(1, 4, *place) for _ in range(rows)], self.recorded(RELEASED, rows)
+            caches = [self.held(talker.init_state(1, 4, *place)) for _ in range(rows)]
+            record = self.recorded(RELEASED, rows)
             hidden, _, keys = self.examples(rows)
             for _ in range(3):  # a recording is made better in its first runs
                 self.go_on(caches, keys[:, 0], hidden)
@@ -303,6 +347,7 @@ class Speaking(Lane):
         xs = [call.session.follow(*call.following[0])[0] for call in calls]
         x, padded = padded_rows(torch.cat(xs))
         self.talk(x[None], JoinedCaches([call.session.talker for call in calls], [len(x) for x in xs], padded))
+        self.hand_over()  # before the states that it read are let go
         for call in calls:
             call.session.user_length += len(call.following.popleft()[0].mine)
 
@@ -404,7 +449,7 @@ class Speaking(Lane):
         """
         if (way, rows) not in self.records:
             state = self.speech.code2wav.init_state(rows, self.model.device, self.model.dtype)
-            step = capture(self.bind_frame(way, rows), state, self.examples(rows))
+            step = capture(self.bind_frame(way, rows), state, self.examples(rows), self.memory)
             self.records[way, rows] = Recorded(step, state.each())
         return self.records[way, rows]
 
@@ -417,10 +462,11 @@ class Speaking(Lane):
         size, stop = mtp.config.vocab_size, talker.config.codec_eos_token_id
 
         def step(kept: Code2WavState, hidden: Tensor, seen: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
-            key = NoiseKey(*keys.unbind(1), 0)
+            key = NoiseKey(keys[:, 0], keys[:, 1], keys[:, 2], 0)
             code = choose(talker.codec_head(hidden), first_way, key, seen, suppress)
             first = talker.model.codec_embedding(code)
-            every = NoiseKey(*keys.repeat_interleave(mtp.codebooks - 1, 0).unbind(1), books)
+            each = keys.repeat_interleave(mtp.codebooks - 1, 0)
+            every = NoiseKey(each[:, 0], each[:, 1], each[:, 2], books)
             noise = None if rest_way.greedy else gumbel(every, size, hidden.device).view(rows, -1, size)
             rest, total = predict(
                 hidden,
