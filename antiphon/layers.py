@@ -1,7 +1,7 @@
 """Computations that several boxes share, each once: norms, rotary positions, attention, SwiGLU, experts.
 
-Modules carry the names of the released checkpoint. Norms and routers compute in at least float32, never less than
-their input (a float64 model stays float64).
+Modules carry the names of the released checkpoint. Norms, rotary positions and routers compute in at least float32,
+never less than their input (a float64 model stays float64): in bfloat16, MTP's would be heard.
 
 Shapes: B batch, T time, W model width, H heads, K key/value heads, D head size, E experts, N tokens.
 """
@@ -29,6 +29,7 @@ from antiphon.streaming import (
 )
 
 COPIED_AT_MOST = 1 << 17  # numbers in matrices of experts that are copied together rather than used in turn
+COPIED_ON_CUDA = 1 << 27  # where the host would have to wait to learn whose turn it is, which no graph can
 
 
 Turn: TypeAlias = tuple[Tensor, Tensor]  # cosines and signed sines, as `rotary` gives them
@@ -50,7 +51,7 @@ class RMSNorm(Part):
     def bind(self) -> Bound:
         """[…, dim] -> […, dim]."""
         weight, unit = self.weight, unit_rms(self.weight, self.eps)
-        return lambda x: unit(x) * weight
+        return lambda x: (unit(x) * weight).to(torch.promote_types(x.dtype, weight.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, dim] -> […, dim]."""
@@ -58,7 +59,7 @@ class RMSNorm(Part):
 
 
 def unit_rms(like: Tensor, eps: float) -> Bound:
-    """The division of x [.., D] by its root mean square, for x of the size and type of `like` [D].
+    """The division of x [.., D] by its root mean square, for x of the size and type of `like` [D]; float32 at least.
 
     Three kernels; F.rms_norm is a dozen on a CPU, half the time of a step.
     """
@@ -68,8 +69,7 @@ def unit_rms(like: Tensor, eps: float) -> Bound:
     def unit(x: Tensor) -> Tensor:
         wide = widened(x)
         length = torch.hypot(torch.linalg.vector_norm(wide, 2, -1, True), floor)
-        y = torch.addcdiv(zero, wide, length, value=root)
-        return y if wide is x else y.to(x.dtype)
+        return torch.addcdiv(zero, wide, length, value=root)
 
     return unit
 
@@ -126,7 +126,8 @@ def _frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Turn:
-    """Cosines and signed sines [.., 1, D] of positions [..]; angles in float32 whatever the model's type."""
+    """Cosines and signed sines [.., 1, D] of positions [..], of type `dtype` but float32 at least."""
+    dtype = torch.promote_types(dtype, torch.float32)
     angles = positions[..., None, None].float() * _frequencies(head_dim, theta, positions.device)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
@@ -199,18 +200,20 @@ class Attention(Part):
         """As `forward`."""
         project, output, norm = bound(self.qkv_proj), bound(self.o_proj), self._bind_norms()
         heads, dim, kinds, turning = self.heads + 2 * self.kv_heads, self.head_dim, self.kinds, self.turning
+        own = self.qkv_proj.weight.dtype
 
         def run(x: Tensor, turn: Turn, span: Span | JoinedSpan, layer: int, residual: Tensor | None = None) -> Tensor:
             qk, v = project(x).view(-1, span.steps, heads, dim).split_with_sizes(turning, 2)  # [B, T, H + K or K, D]
-            q, k = rotate(norm(qk), *turn).split_with_sizes(kinds, 2)
+            turned = rotate(norm(qk), *turn).to(torch.promote_types(own, v.dtype))
+            q, k = turned.split_with_sizes(kinds, 2)
             return output(attend_over(span, layer, q, k, v), residual)
 
         return run
 
     def _bind_norms(self) -> Bound:
-        """The norms of queries and keys, both at once."""
+        """The norms of queries and keys, both at once; float32 at least."""
         if self.q_norm is None or self.k_norm is None:
-            return lambda qk: qk
+            return widened
         q, k = self.q_norm.weight, self.k_norm.weight
         unit, weight = unit_rms(q, self.q_norm.eps), torch.cat([q.expand(self.heads, -1), k.expand(self.kv_heads, -1)])
         return lambda qk: unit(qk) * weight
@@ -270,7 +273,11 @@ class Experts(nn.Module):
         """x [N, W] through the experts chosen [N, k], mixed by weight [N, k] -> [N, W]."""
         slots, (_, inner, width) = chosen.flatten(), self.gate_up_proj.shape
         x = x.repeat_interleave(chosen.shape[1], 0)
-        y = (self._together if slots.numel() * inner * width <= COPIED_AT_MOST else self._in_turn)(x, slots)
+        if grouped(self.gate_up_proj, self.gate_up_scale):
+            y = self._grouped(x, slots)
+        else:
+            most = COPIED_ON_CUDA if x.is_cuda else COPIED_AT_MOST
+            y = (self._together if slots.numel() * inner * width <= most else self._in_turn)(x, slots)
         return torch.bmm(weight[:, None], y.view(*chosen.shape, width)).squeeze(1)
 
     @property
@@ -289,6 +296,14 @@ class Experts(nn.Module):
         inner = gated(torch.bmm(up, x.unsqueeze(-1)).squeeze(-1))
         return torch.bmm(down, inner.unsqueeze(-1)).squeeze(-1)
 
+    def _grouped(self, x: Tensor, experts: Tensor) -> Tensor:
+        """As `_together`, one product over all experts; the host need not know which of them are used."""
+        order = experts.argsort(stable=True)
+        ends = torch.searchsorted(experts[order], torch.arange(self.count, device=x.device), right=True).int()
+        up, down = (weight.transpose(1, 2) for weight, _ in self._matrices())
+        y = F.grouped_mm(gated(F.grouped_mm(x[order], up, offs=ends)), down, offs=ends)
+        return torch.empty_like(y).index_copy_(0, order, y)
+
     def _in_turn(self, x: Tensor, experts: Tensor) -> Tensor:
         """As `_together`, one expert after another, each on all of its rows; no copies."""
         order = experts.argsort(stable=True)
@@ -305,6 +320,11 @@ class Experts(nn.Module):
 
     def _matrices(self) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
         return (self.gate_up_proj, self.gate_up_scale), (self.down_proj, self.down_scale)
+
+
+def grouped(weight: Tensor, scale: Tensor | None) -> bool:
+    """Whether experts of this kind have a kernel that takes all of them at once."""
+    return weight.is_cuda and weight.dtype == torch.bfloat16 and scale is None
 
 
 def scaled(weight: Tensor, scale: Tensor | None, expert: int | Tensor, like: Tensor) -> Tensor:

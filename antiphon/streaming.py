@@ -88,9 +88,14 @@ class State:
         given = iter(tensors)
         return self._map(lambda tensor, dim: next(given))
 
-    def each(self) -> list[Self]:
-        """Views of the single rows."""
-        return [self.view(row, row + 1) for row in range(self.rows)]
+    def pick(self, rows: Tensor) -> Self:
+        """A copy of some rows, by number."""
+        return self._map(lambda tensor, dim: tensor.index_select(dim, rows))
+
+    def put(self, rows: Tensor, state: Self) -> None:
+        """Take over what became of rows that were picked."""
+        for (_, dim, mine), (_, _, theirs) in zip(self._tensors(), state._tensors(), strict=True):
+            mine.index_copy_(dim, rows, theirs)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over saved tensors, in place.
@@ -112,12 +117,6 @@ class State:
                 done = change(value, dim) if isinstance(value, Tensor) else [change(t, dim) for t in value]
                 setattr(new, f.name, done)
         return new
-
-
-def copy_states(to: Sequence[State], given: Sequence[State]) -> None:
-    """Copy each of `given`, of one kind and size, into its counterpart: hundreds of small tensors in one call."""
-    targets, sources = ([t for state in states for _, _, t in state._tensors()] for states in (to, given))
-    torch.ops.aten._foreach_copy_(targets, sources)
 
 
 # ------------------------------------------------------------------------------------------- attention

@@ -17,7 +17,8 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -31,26 +32,20 @@ from antiphon.engine.capture import BUCKETS, OneStep, Step, bucket, capture, gra
 from antiphon.errors import BusyError
 from antiphon.generate import AudioDelta, Done, reply_of
 from antiphon.sampling import MTP, TALKER, NoiseKey, Sampling, choose, gumbel
-from antiphon.streaming import CACHE_BLOCK, JoinedCaches, KVCache, copy_states
+from antiphon.streaming import CACHE_BLOCK, JoinedCaches, KVCache
 
 FIRST_WORDS = 2  # before there is a frame: the Talker, which is at it, has the machine to itself
 WORDS_AHEAD = 8  # of the frame that is made next: further on an answer's text can wait
 POSITIONS = 256  # of prompts that are read in one step, beside the tokens of answers
 
 
+SOUNDING = 16  # answers at once that there is room for at first
 TURN_BLOCKS = 4  # of a pool, that a conversation which comes in should find free
 RETRY = 5.0  # seconds after which one who was refused may ask again: about an answer's length
 
 
 Way: TypeAlias = tuple[Sampling, Sampling]  # how codebook 0 is drawn, and how the others
 RELEASED: Way = (TALKER, MTP)
-
-
-class Recorded(NamedTuple):
-    """A recorded step, and the rows of the state that it changes."""
-
-    step: Step
-    rows: list[Code2WavState]
 
 
 class Lane:
@@ -310,12 +305,14 @@ class Speaking(Lane):
     def __init__(self, house: House) -> None:
         super().__init__(house)
         self.speech = speech = house.model.speaking()
-        self.talk, self.records = bound(speech.talker), dict[tuple[Way, int], Recorded]()
+        self.talk, self.records = bound(speech.talker), dict[tuple[Way, int], Step]()
+        self.rows = WeakKeyDictionary[Turn, int]()  # of `sounds`, as long as there is the answer; the first is nobody's
         self.suppress = speech.talker.suppressed(house.model.device)
         capacity, place = speech.talker.config.text.max_position_embeddings, (house.model.device, house.model.dtype)
         nobody = speech.talker.init_state(1, capacity, *place)
         self.pool = pool_for(nobody)
         self.go_on = OneStep(self.bind_talker(), nobody, self.pool, self.memory)
+        self.sounds = speech.code2wav.init_state(1 + SOUNDING, *place)
 
     def take_in(self, session: EngineSession) -> None:
         """The Talker's."""
@@ -324,13 +321,13 @@ class Speaking(Lane):
     def warm(self, conversations: int) -> None:
         """Record a frame for every number of rows up to that of the conversations, drawn as the release draws."""
         talker, place = self.speech.talker, (self.model.device, self.model.dtype)
+        self.make_room(conversations)
         for rows in BUCKETS[: bisect.bisect_left(BUCKETS, conversations) + 1]:
             caches = [self.held(talker.init_state(1, 4, *place)) for _ in range(rows)]
-            record = self.recorded(RELEASED, rows)
-            hidden, _, keys = self.examples(rows)
+            frame, (hidden, _, keys) = self.recorded(RELEASED, rows), self.examples(rows)[:3]
             for _ in range(3):  # a recording is made better in its first runs
                 self.go_on(caches, keys[:, 0], hidden)
-                record.step(*self.examples(rows))
+                frame(*self.examples(rows))
 
     def caches(self, call: Call) -> list[KVCache]:
         """The Talker's."""
@@ -375,9 +372,16 @@ class Speaking(Lane):
             return
         hidden, made = self.states(calls, turns), list[tuple[Call, Turn, Tensor, Tensor, Tensor]]()
         ways = [(turn.speech.options.speech, turn.speech.options.residual) for turn in turns]
-        for way in dict.fromkeys(ways):
-            some = [i for i, own in enumerate(ways) if own == way]
-            made += self.sound(way, [(calls[i], turns[i]) for i in some], hidden[some])
+        rows = torch.tensor([self.rows[turn] for turn in turns], device=hidden.device)
+        before = self.sounds.pick(rows) if len(set(ways)) > 1 else None
+        try:
+            for way in dict.fromkeys(ways):
+                some = [i for i, own in enumerate(ways) if own == way]
+                made += self.sound(way, [(calls[i], turns[i]) for i in some], hidden[some])
+        except Exception:
+            if before is not None:  # what was done in one way is done again, call by call
+                self.sounds.put(rows, before)
+            raise
         for one in made:  # nothing raises from here on: what the batch could not do is not half done
             self.give(*one)
 
@@ -393,10 +397,28 @@ class Speaking(Lane):
         turn.spoken = speech.finish is not None
         return turn.spoken
 
+    def begin(self, turn: Turn) -> None:
+        """Give an answer a row of `sounds` with silence in it, unless it has one."""
+        if turn not in self.rows:
+            taken = set(self.rows.values())
+            if len(taken) + 1 == self.sounds.rows:
+                self.make_room(2 * len(taken))
+            self.rows[turn] = min(set(range(1, self.sounds.rows)) - taken)
+            self.sounds.reset([self.rows[turn]])
+
+    def make_room(self, answers: int) -> None:
+        """Have rows for so many answers; what was recorded held the state that was there before."""
+        old, place = self.sounds, (self.model.device, self.model.dtype)
+        if old.rows <= answers:
+            self.sounds = self.speech.code2wav.init_state(1 + answers, *place)
+            self.sounds.put(torch.arange(old.rows, device=place[0]), old)
+            self.records.clear()
+
     def states(self, calls: Sequence[Call], turns: Sequence[Turn]) -> Tensor:
         """The Talker's states [B, W] that give each answer's next frame."""
         caches = [call.session.talker for call in calls]
         for turn in turns:
+            self.begin(turn)
             turn.speech.words[:] = turn.words[: turn.frames + 1]
         residues = [turn.residue for turn in turns if turn.residue is not None]
         words = torch.tensor(
@@ -431,26 +453,23 @@ class Speaking(Lane):
 
         The states [B, W] give the codes of codebook 0.
         """
-        record = self.recorded(way, bucket(len(some)))
+        step = self.recorded(way, bucket(len(some)))
         seen = torch.cat([turn.speech.seen for _, turn in some])
-        keys = torch.tensor([turn.speech.key(turn.frames, 0)[:3] for _, turn in some], device=hidden.device)
-        own = [call.session.code2wav for call, _ in some]
-        copy_states(record.rows[: len(own)], own)
-        codes, residue, wave = record.step(*(padded_rows(x)[0] for x in (hidden, seen, keys)))
-        copy_states(own, record.rows[: len(own)])
+        known = [[*turn.speech.key(turn.frames, 0)[:3], self.rows[turn]] for _, turn in some]
+        keys = padded_rows(torch.tensor(known, device=hidden.device))[0]
+        codes, residue, wave = step(padded_rows(hidden)[0], padded_rows(seen)[0], keys[:, :3], keys[:, 3])
         calls, turns = zip(*some, strict=True)
         return zip(calls, turns, codes.cpu(), residue.clone(), wave.float().cpu(), strict=False)
 
-    def recorded(self, way: Way, rows: int) -> Recorded:
+    def recorded(self, way: Way, rows: int) -> Step:
         """Codes of a frame, drawn in such a way, and their sound, on so many rows.
 
-        States [B, W], codes [B, V] of codebook 0 drawn before and keys [B, 3] of the noise -> all codes [B, Q], their
-        sum [B, W], samples [B, 1920]. Where codebook 0 ends the answer, the rest is nobody's.
+        States [B, W], codes [B, V] of codebook 0 drawn before, keys [B, 3] of the noise and rows [B] of `sounds` ->
+        all codes [B, Q], their sum [B, W], samples [B, 1920]. Where codebook 0 ends the answer, the rest is nobody's.
         """
         if (way, rows) not in self.records:
-            state = self.speech.code2wav.init_state(rows, self.model.device, self.model.dtype)
-            step = capture(self.bind_frame(way, rows), state, self.examples(rows), self.memory)
-            self.records[way, rows] = Recorded(step, state.each())
+            step, given = self.bind_frame(way, rows), self.examples(rows)
+            self.records[way, rows] = capture(step, self.sounds, given, self.memory)
         return self.records[way, rows]
 
     def bind_frame(self, way: Way, rows: int) -> Step:
@@ -461,7 +480,8 @@ class Speaking(Lane):
         books = torch.arange(1, mtp.codebooks, device=self.model.device).repeat(rows)
         size, stop = mtp.config.vocab_size, talker.config.codec_eos_token_id
 
-        def step(kept: Code2WavState, hidden: Tensor, seen: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
+        def step(sounds: Code2WavState, hidden: Tensor, seen: Tensor, keys: Tensor, own: Tensor) -> tuple[Tensor, ...]:
+            kept = sounds.pick(own)
             key = NoiseKey(keys[:, 0], keys[:, 1], keys[:, 2], 0)
             code = choose(talker.codec_head(hidden), first_way, key, seen, suppress)
             first = talker.model.codec_embedding(code)
@@ -475,16 +495,19 @@ class Speaking(Lane):
                 scratch,
             )
             heard = torch.cat([code.masked_fill(code == stop, 0)[:, None], rest], 1)
-            return torch.cat([code[:, None], rest], 1), first + total, decode(heard[:, None], kept)
+            wave = decode(heard[:, None], kept)
+            sounds.put(own, kept)
+            return torch.cat([code[:, None], rest], 1), first + total, wave
 
         return step
 
-    def examples(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    def examples(self, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What `recorded` steps may be given."""
         text, device = self.speech.talker.config.text, self.model.device
         hidden = torch.zeros(rows, text.hidden_size, dtype=self.model.dtype, device=device)
         seen = torch.zeros(rows, text.vocab_size, dtype=torch.bool, device=device)
-        return hidden, seen, torch.zeros(rows, 3, dtype=torch.long, device=device)
+        keys = torch.zeros(rows, 4, dtype=torch.long, device=device)
+        return hidden, seen, keys[:, :3], keys[:, 3]
 
     def give(self, call: Call, turn: Turn, codes: Tensor, residue: Tensor, wave: Tensor) -> None:
         """One more frame for who listens, unless codebook 0 ended the answer."""
