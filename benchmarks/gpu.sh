@@ -16,7 +16,7 @@ part() { # name, seconds, command …
     name=$1 seconds=$2
     shift 2
     begun=$(date +%s)
-    echo "== $name (at most $seconds s): $*"
+    echo "== $name (at most $seconds s)"
     { timeout "$seconds" "$@" 2>&1; echo $? >"$folder/$name.status"; } | tee "$folder/$name.log"
     code=$(cat "$folder/$name.status")
     echo "$name: exit $code after $(($(date +%s) - begun)) s" | tee -a "$folder/summary.txt"
@@ -27,9 +27,9 @@ part() { # name, seconds, command …
 part machine 20 "$python" -c "import torch; print(torch.__version__, torch.version.cuda); \
 print(torch.cuda.get_device_name(), torch.cuda.mem_get_info())"
 part exact 110 "$python" -m benchmarks.gpu --device cuda --out "$folder/exact.json"
-part tiny 120 "$python" -m antiphon bench tiny --device cuda --dtype float32 -c 1 -c 16 -c 32 -c 64 \
+part tiny 120 "$python" -c "from antiphon.cli import main; main()" bench tiny --device cuda --dtype float32 -c 1 -c 16 -c 32 -c 64 \
     --max-frames 50 --out "$folder/tiny.json"
-part release 220 "$python" -m antiphon bench --random release --device cuda --dtype bfloat16 -c 1 -c 16 -c 32 -c 64 \
+part release 220 "$python" -c "from antiphon.cli import main; main()" bench --random release --device cuda --dtype bfloat16 -c 1 -c 16 -c 32 -c 64 \
     --max-frames 50 --uploaded --out "$folder/release.json"
 echo "== summary"
 cat "$folder/summary.txt"

@@ -57,8 +57,21 @@ def _trace(step: Step, state: State, examples: Sequence[Tensor]) -> Step:
         made = whole(*examples, *kept)
     kept += tape.changing([*examples, *kept])
     given = (*examples, *kept)
-    traced: Any = torch.jit.trace(lambda *inputs: tape.replay(given, inputs, made), given, check_trace=False)
+    traced = _traced(lambda *inputs: tape.replay(given, inputs, made), given)
     return lambda *inputs: traced(*inputs, *kept)
+
+
+def _traced(step: Step, examples: Sequence[Tensor]) -> Step:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numbers stay what they were, as they are meant to
+        traced: Any = torch.jit.trace(step, tuple(examples), check_trace=False)
+
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        # optimizing finds nothing to do here, and takes the first runs a second for it
+        with torch.jit.optimized_execution(False):  # pyright: ignore[reportPrivateImportUsage]
+            return traced(*inputs)
+
+    return run
 
 
 class Tape(TorchDispatchMode):
@@ -163,10 +176,7 @@ class OneStep:
 
         if (rows, 0) not in self.records:
             step(*given)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # all sizes but those of the past are fixed, as they are meant to be
-                traced: Any = torch.jit.trace(step, tuple(given), check_trace=False)
-            self.records[rows, 0] = traced
+            self.records[rows, 0] = _traced(step, given)
         return self.records[rows, 0](*given)
 
     def _pooled(

@@ -162,8 +162,7 @@ class Thinking(Lane):
         thinker, place = self.model.thinker, (self.model.device, self.model.dtype)
         for rows in BUCKETS[: bisect.bisect_left(BUCKETS, conversations) + 1]:
             caches = [self.held(thinker.init_state(1, 4, *place)) for _ in range(rows)]
-            for _ in range(3):  # a recording is made better in its first runs
-                self.go_on(caches, torch.zeros(rows, thinker.config.hidden_size, dtype=place[1], device=place[0]))
+            self.go_on(caches, torch.zeros(rows, thinker.config.hidden_size, dtype=place[1], device=place[0]))
 
     def caches(self, call: Call) -> list[KVCache]:
         """The Thinker's."""
@@ -324,10 +323,9 @@ class Speaking(Lane):
         self.make_room(conversations)
         for rows in BUCKETS[: bisect.bisect_left(BUCKETS, conversations) + 1]:
             caches = [self.held(talker.init_state(1, 4, *place)) for _ in range(rows)]
-            frame, (hidden, _, keys) = self.recorded(RELEASED, rows), self.examples(rows)[:3]
-            for _ in range(3):  # a recording is made better in its first runs
-                self.go_on(caches, keys[:, 0], hidden)
-                frame(*self.examples(rows))
+            hidden, seen, keys, own = self.examples(rows)
+            self.go_on(caches, own, hidden)
+            self.recorded(RELEASED, rows)(hidden, seen, keys, own)
 
     def caches(self, call: Call) -> list[KVCache]:
         """The Talker's."""
