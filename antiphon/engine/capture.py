@@ -18,11 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from antiphon.engine.blocks import BlockCache, BlockPool, BlockSpan
-from antiphon.streaming import JoinedCaches, KVCache, Past, State
+from antiphon.streaming import CACHE_BLOCK, JoinedCaches, KVCache, Past, State
 
 Step: TypeAlias = Callable[..., tuple[Tensor, ...]]
 
 BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # rows of a matrix product
+
+WIDTHS = (1, 2, 4)  # blocks of the longest of several conversations; a wider table is recorded when it comes
 
 
 def bucket(rows: int) -> int:
@@ -163,6 +165,14 @@ class OneStep:
         for cache in caches:
             cache.advance(1)
         return tuple(output[: len(caches)] for output in outputs)
+
+    def warm(self, rows: int, *inputs: Tensor) -> None:
+        """Record for so many rows; with a pool, for tables as wide as those of most conversations."""
+        for width in WIDTHS if self.pool else (1,):
+            caches = [self.nobody.copy() for _ in range(rows)]
+            held: list[KVCache] = [self.pool.hold(cache) for cache in caches] if self.pool else [*caches]
+            held[0].advance(width * CACHE_BLOCK - 1)
+            self(held, *inputs)
 
     def _alone(self, caches: Sequence[KVCache], rows: int, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """With caches that have memory of their own: each past is an input, of any length."""

@@ -159,10 +159,9 @@ class Thinking(Lane):
 
     def warm(self, conversations: int) -> None:
         """Record the step of a token for every number of rows up to that of the conversations."""
-        thinker, place = self.model.thinker, (self.model.device, self.model.dtype)
+        width, place = self.model.thinker.config.hidden_size, (self.model.device, self.model.dtype)
         for rows in BUCKETS[: bisect.bisect_left(BUCKETS, conversations) + 1]:
-            caches = [self.held(thinker.init_state(1, 4, *place)) for _ in range(rows)]
-            self.go_on(caches, torch.zeros(rows, thinker.config.hidden_size, dtype=place[1], device=place[0]))
+            self.go_on.warm(rows, torch.zeros(rows, width, device=place[0], dtype=place[1]))
 
     def caches(self, call: Call) -> list[KVCache]:
         """The Thinker's."""
@@ -319,12 +318,10 @@ class Speaking(Lane):
 
     def warm(self, conversations: int) -> None:
         """Record a frame for every number of rows up to that of the conversations, drawn as the release draws."""
-        talker, place = self.speech.talker, (self.model.device, self.model.dtype)
         self.make_room(conversations)
         for rows in BUCKETS[: bisect.bisect_left(BUCKETS, conversations) + 1]:
-            caches = [self.held(talker.init_state(1, 4, *place)) for _ in range(rows)]
             hidden, seen, keys, own = self.examples(rows)
-            self.go_on(caches, own, hidden)
+            self.go_on.warm(rows, own, hidden)
             self.recorded(RELEASED, rows)(hidden, seen, keys, own)
 
     def caches(self, call: Call) -> list[KVCache]:
