@@ -51,7 +51,7 @@ class RMSNorm(Part):
     def bind(self) -> Bound:
         """[…, dim] -> […, dim]."""
         weight, unit = self.weight, unit_rms(self.weight, self.eps)
-        return lambda x: (unit(x) * weight).to(torch.promote_types(x.dtype, weight.dtype))
+        return lambda x: unit(x) * weight
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, dim] -> […, dim]."""
@@ -59,7 +59,7 @@ class RMSNorm(Part):
 
 
 def unit_rms(like: Tensor, eps: float) -> Bound:
-    """The division of x [.., D] by its root mean square, for x of the size and type of `like` [D]; float32 at least.
+    """The division of x [.., D] by its root mean square, for x of the size and type of `like` [D].
 
     Three kernels; F.rms_norm is a dozen on a CPU, half the time of a step.
     """
@@ -69,7 +69,8 @@ def unit_rms(like: Tensor, eps: float) -> Bound:
     def unit(x: Tensor) -> Tensor:
         wide = widened(x)
         length = torch.hypot(torch.linalg.vector_norm(wide, 2, -1, True), floor)
-        return torch.addcdiv(zero, wide, length, value=root)
+        y = torch.addcdiv(zero, wide, length, value=root)
+        return y if wide is x else y.to(x.dtype)
 
     return unit
 
@@ -204,16 +205,16 @@ class Attention(Part):
 
         def run(x: Tensor, turn: Turn, span: Span | JoinedSpan, layer: int, residual: Tensor | None = None) -> Tensor:
             qk, v = project(x).view(-1, span.steps, heads, dim).split_with_sizes(turning, 2)  # [B, T, H + K or K, D]
-            turned = rotate(norm(qk), *turn).to(torch.promote_types(own, v.dtype))
+            turned = rotate(widened(norm(qk)), *turn).to(torch.promote_types(own, v.dtype))
             q, k = turned.split_with_sizes(kinds, 2)
             return output(attend_over(span, layer, q, k, v), residual)
 
         return run
 
     def _bind_norms(self) -> Bound:
-        """The norms of queries and keys, both at once; float32 at least."""
+        """The norms of queries and keys, both at once."""
         if self.q_norm is None or self.k_norm is None:
-            return widened
+            return lambda qk: qk
         q, k = self.q_norm.weight, self.k_norm.weight
         unit, weight = unit_rms(q, self.q_norm.eps), torch.cat([q.expand(self.heads, -1), k.expand(self.kv_heads, -1)])
         return lambda qk: unit(qk) * weight

@@ -16,9 +16,9 @@ from antiphon.engine.capture import OneStep
 from antiphon.engine.lanes import Speaking
 from antiphon.errors import BusyError, CapacityError
 from antiphon.generate import Session, collect
-from antiphon.layers import Experts, RMSNorm, rotary
+from antiphon.layers import Attention, Experts, rotary, rotate
 from antiphon.sampling import GREEDY
-from antiphon.streaming import CACHE_BLOCK, JoinedCaches, KVCache
+from antiphon.streaming import CACHE_BLOCK, FrameCache, JoinedCaches, KVCache
 from tests.models import CPU, assert_same, omni
 from tests.test_engine import alone, options, same, say
 
@@ -186,19 +186,16 @@ def test_experts_all_at_once_are_those_in_turn(dtype):
     assert expected.abs().max() > 0.1
 
 
-def test_norms_and_rotary_positions_of_a_bfloat16_model_are_rounded_once():
-    norm = RMSNorm(16, 1e-6).bfloat16()
-    norm.weight.data = (1 + 0.3 * torch.randn(16)).bfloat16()
-    x = torch.randn(50, 16).bfloat16()
-    wide = RMSNorm(16, 1e-6)
-    wide.weight.data = norm.weight.data.float()
-    assert torch.equal(norm(x), wide(x.float()).bfloat16())
-    positions = torch.arange(3000, 3050)
-    for own, expected in zip(
-        rotary(positions, 16, 1e4, torch.bfloat16), rotary(positions, 16, 1e4, torch.float32), strict=True
-    ):
-        assert torch.equal(own, expected)
-        assert own.dtype == torch.float32
+@torch.inference_mode()
+def test_rotary_positions_of_a_bfloat16_model_are_rounded_once():
+    """In bfloat16 throughout, MTP's would be heard."""
+    attention, turn = Attention(16, 2, 1, 8).bfloat16(), rotary(torch.arange(3000, 3050), 8, 1e4, torch.bfloat16)
+    x, cache = torch.randn(50, 16).bfloat16(), FrameCache.empty(1, 1, 1, 8, 50, CPU, torch.bfloat16)
+    attention(x, turn, cache.span(50), 0)
+    key = attention.qkv_proj(x)[:, 16:24, None].transpose(1, 2).float()
+    wide = rotary(torch.arange(3000, 3050), 8, 1e4, torch.float32)
+    assert torch.equal(cache.k[0, 0, 0], rotate(key, *wide)[:, 0].bfloat16())
+    assert not torch.equal(cache.k[0, 0, 0], rotate(key.bfloat16(), *(part.bfloat16() for part in wide))[:, 0])
 
 
 def test_who_does_not_fit_into_the_pool_is_refused_at_the_door(monkeypatch):
