@@ -1,7 +1,7 @@
 """Computations that several boxes share, each once: norms, rotary positions, attention, SwiGLU, experts.
 
-Modules carry the names of the released checkpoint. Norms and routers compute in at least float32, never less than
-their input (a float64 model stays float64).
+Modules carry the names of the released checkpoint. Norms, rotary positions and routers compute in at least float32,
+never less than their input (a float64 model stays float64): in bfloat16, MTP's would be heard.
 
 Shapes: B batch, T time, W model width, H heads, K key/value heads, D head size, E experts, N tokens.
 """
@@ -20,17 +20,16 @@ from antiphon.binding import Bound, Part, bound
 from antiphon.config import DecoderConfig
 from antiphon.streaming import (
     CACHE_BLOCK,
-    FrameCache,
-    JoinedCaches,
+    Cache,
     JoinedSpan,
     KVCache,
     PlacedSpan,
     Span,
-    WindowCache,
     open_span,
 )
 
 COPIED_AT_MOST = 1 << 17  # numbers in matrices of experts that are copied together rather than used in turn
+COPIED_ON_CUDA = 1 << 27  # where the host would have to wait to learn whose turn it is, which no graph can
 
 
 Turn: TypeAlias = tuple[Tensor, Tensor]  # cosines and signed sines, as `rotary` gives them
@@ -128,7 +127,8 @@ def _frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Turn:
-    """Cosines and signed sines [.., 1, D] of positions [..]; angles in float32 whatever the model's type."""
+    """Cosines and signed sines [.., 1, D] of positions [..], of type `dtype` but float32 at least."""
+    dtype = torch.promote_types(dtype, torch.float32)
     angles = positions[..., None, None].float() * _frequencies(head_dim, theta, positions.device)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
@@ -150,7 +150,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
     Query heads of one key head are further queries of it, so keys are not repeated in memory.
     """
-    (batch, steps, heads, dim), keys = q.shape, k.shape[1]
+    batch, steps, heads, dim, keys = map(int, (*q.shape, k.shape[1]))  # plain numbers in a recording too
     if steps == 1 and q.device.type == "cpu":  # all overhead: three kernels take a third of the fused one's time
         q = q.reshape(batch * keys, heads // keys, dim)
         nothing = constant(0.0, q.device, q.dtype)
@@ -201,10 +201,12 @@ class Attention(Part):
         """As `forward`."""
         project, output, norm = bound(self.qkv_proj), bound(self.o_proj), self._bind_norms()
         heads, dim, kinds, turning = self.heads + 2 * self.kv_heads, self.head_dim, self.kinds, self.turning
+        own = self.qkv_proj.weight.dtype
 
         def run(x: Tensor, turn: Turn, span: Span | JoinedSpan, layer: int, residual: Tensor | None = None) -> Tensor:
             qk, v = project(x).view(-1, span.steps, heads, dim).split_with_sizes(turning, 2)  # [B, T, H + K or K, D]
-            q, k = rotate(norm(qk), *turn).split_with_sizes(kinds, 2)
+            turned = rotate(widened(norm(qk)), *turn).to(torch.promote_types(own, v.dtype))
+            q, k = turned.split_with_sizes(kinds, 2)
             return output(attend_over(span, layer, q, k, v), residual)
 
         return run
@@ -272,7 +274,11 @@ class Experts(nn.Module):
         """x [N, W] through the experts chosen [N, k], mixed by weight [N, k] -> [N, W]."""
         slots, (_, inner, width) = chosen.flatten(), self.gate_up_proj.shape
         x = x.repeat_interleave(chosen.shape[1], 0)
-        y = (self._together if slots.numel() * inner * width <= COPIED_AT_MOST else self._in_turn)(x, slots)
+        if grouped(self.gate_up_proj, self.gate_up_scale):
+            y = self._grouped(x, slots)
+        else:
+            most = COPIED_ON_CUDA if x.is_cuda else COPIED_AT_MOST
+            y = (self._together if slots.numel() * inner * width <= most else self._in_turn)(x, slots)
         return torch.bmm(weight[:, None], y.view(*chosen.shape, width)).squeeze(1)
 
     @property
@@ -291,6 +297,14 @@ class Experts(nn.Module):
         inner = gated(torch.bmm(up, x.unsqueeze(-1)).squeeze(-1))
         return torch.bmm(down, inner.unsqueeze(-1)).squeeze(-1)
 
+    def _grouped(self, x: Tensor, experts: Tensor) -> Tensor:
+        """As `_together`, one product over all experts; the host need not know which of them are used."""
+        order = experts.argsort(stable=True)
+        ends = torch.searchsorted(experts[order], torch.arange(self.count, device=x.device), right=True).int()
+        up, down = (weight.transpose(1, 2) for weight, _ in self._matrices())
+        y = F.grouped_mm(gated(F.grouped_mm(x[order], up, offs=ends)), down, offs=ends)
+        return torch.empty_like(y).index_copy_(0, order, y)
+
     def _in_turn(self, x: Tensor, experts: Tensor) -> Tensor:
         """As `_together`, one expert after another, each on all of its rows; no copies."""
         order = experts.argsort(stable=True)
@@ -307,6 +321,11 @@ class Experts(nn.Module):
 
     def _matrices(self) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
         return (self.gate_up_proj, self.gate_up_scale), (self.down_proj, self.down_scale)
+
+
+def grouped(weight: Tensor, scale: Tensor | None) -> bool:
+    """Whether experts of this kind have a kernel that takes all of them at once."""
+    return weight.is_cuda and weight.dtype == torch.bfloat16 and scale is None
 
 
 def scaled(weight: Tensor, scale: Tensor | None, expert: int | Tensor, like: Tensor) -> Tensor:
@@ -396,7 +415,7 @@ class DecoderLayer(Part):
 def run_layers(
     layers: Iterable[Bound],
     x: Tensor,
-    cache: KVCache | WindowCache | FrameCache | JoinedCaches | None,
+    cache: Cache | None,
     head_dim: int,
     theta: float,
     *,
@@ -461,7 +480,7 @@ class Decoder(Part):
     def forward(
         self,
         x: Tensor,
-        state: KVCache | FrameCache | JoinedCaches | None = None,
+        state: Cache | None = None,
         positions: Tensor | None = None,
         tap: int | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -477,7 +496,7 @@ class Decoder(Part):
         layers: Iterable[Bound],
         norm: Bound,
         x: Tensor,
-        state: KVCache | FrameCache | JoinedCaches | None = None,
+        state: Cache | None = None,
         positions: Tensor | None = None,
         tap: int | None = None,
     ) -> tuple[Tensor, Tensor]:

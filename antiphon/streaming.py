@@ -12,7 +12,7 @@ Shapes: R rows (one conversation each), L layers, H heads, S slots, D head size,
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import accumulate, repeat
 from typing import Any, Protocol, Self
@@ -88,21 +88,14 @@ class State:
         given = iter(tensors)
         return self._map(lambda tensor, dim: next(given))
 
-    def take_in(self, states: Sequence[Self]) -> None:
-        """Copy the rows of `states`, one after another, into the first rows of this one; for fixed sizes only."""
-        self._share(states, lambda mine, theirs: mine.copy_(theirs))
+    def pick(self, rows: Tensor) -> Self:
+        """A copy of some rows, by number."""
+        return self._map(lambda tensor, dim: tensor.index_select(dim, rows))
 
-    def give_back(self, states: Sequence[Self]) -> None:
-        """Copy the first rows of this one back to `states`, from which `take_in` has them."""
-        self._share(states, lambda mine, theirs: theirs.copy_(mine))
-
-    def _share(self, states: Sequence[Self], copied: Callable[[Tensor, Tensor], Tensor]) -> None:
-        every = [list(state._tensors()) for state in states]
-        for (_, dim, whole), *own in zip(self._tensors(), *every, strict=True):
-            start = 0
-            for _, _, tensor in own:
-                copied(whole.narrow(dim, start, tensor.shape[dim]), tensor)
-                start += tensor.shape[dim]
+    def put(self, rows: Tensor, state: Self) -> None:
+        """Take over what became of rows that were picked."""
+        for (_, dim, mine), (_, _, theirs) in zip(self._tensors(), state._tensors(), strict=True):
+            mine.index_copy_(dim, rows, theirs)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over saved tensors, in place.
@@ -161,7 +154,7 @@ class WholeSpan:
     def of(cls, steps: int, window: int | None, device: torch.device) -> WholeSpan:
         """Causal span of `steps`, each seeing at most the last `window` steps, itself included."""
         positions = torch.arange(steps, device=device)[None]
-        return cls(steps, positions, _visible(positions, positions, window))
+        return cls(steps, positions, visible(positions, positions, window))
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Nothing to keep."""
@@ -193,7 +186,7 @@ class PlacedSpan(Slots):
         self.cache, self.start, self.steps, self.device = cache, start, steps, cache.k.device
         self.mask: Tensor | None = None
         if steps > 1:
-            self.mask = _visible(self.positions, torch.arange(start + steps, device=self.device)[None], None)
+            self.mask = visible(self.positions, torch.arange(start + steps, device=self.device)[None], None)
 
     @property
     def positions(self) -> Tensor:
@@ -205,14 +198,44 @@ class PlacedSpan(Slots):
         self.cache.advance(self.steps)
 
 
-def open_span(
-    cache: KVCache | WindowCache | FrameCache | JoinedCaches | None, x: Tensor, window: int | None = None
-) -> Span | JoinedSpan:
+class Past(Slots):
+    """One step after a past that is given: keys and values [L, 1, H, n, D] whose last slot is the step's own.
+
+    A recorded step takes them as inputs, of any length; whose they are counts the step.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        super().__init__(k, v, k.shape[3] - 1, k.shape[3])
+        self.steps, self.device = 1, k.device
+        self.mask: Tensor | None = None
+
+    @property
+    def positions(self) -> Tensor:
+        """[1, 1]."""
+        return torch.full((1, 1), self._past[0][0].shape[2] - 1, device=self.device)
+
+    def span(self, steps: int) -> Past:
+        """The one step."""
+        return self
+
+    def close(self) -> None:
+        """Nothing to move on."""
+
+
+class Cache(Protocol):
+    """Where the past of one or several sequences is kept."""
+
+    def span(self, steps: int) -> Span | JoinedSpan:
+        """The next `steps` steps."""
+        ...
+
+
+def open_span(cache: Cache | None, x: Tensor, window: int | None = None) -> Span | JoinedSpan:
     """The span of x [B, T, …] after what `cache` holds."""
     return WholeSpan.of(x.shape[1], window, x.device) if cache is None else cache.span(x.shape[1])
 
 
-def _visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:
+def visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:
     """Causal mask [R, 1, T, S] of query positions [R, T] over key positions [R, S]."""
     q, k = query[:, None, :, None], key[:, None, None, :]
     mask = k <= q
@@ -244,15 +267,19 @@ class KVCache(State):
         Raises:
             CapacityError: more than `capacity`.
         """
-        if slots > self.capacity:
-            raise CapacityError(
-                f"the conversation needs {slots} positions and its cache holds {self.capacity}; shorten it"
-            )
+        self.check(slots)
         if slots > self.k.shape[3]:
             block = -(-slots // CACHE_BLOCK) * CACHE_BLOCK
             more = min(block, max(self.capacity, slots)) - self.k.shape[3]
             self.k = F.pad(self.k, (0, 0, 0, more))
             self.v = F.pad(self.v, (0, 0, 0, more))
+
+    def check(self, slots: int) -> None:
+        """Raise CapacityError if a row is not to have `slots`."""
+        if slots > self.capacity:
+            raise CapacityError(
+                f"the conversation needs {slots} positions and its cache holds {self.capacity}; shorten it"
+            )
 
     def span(self, steps: int) -> Span:
         """Room for `steps` more per row."""
@@ -260,6 +287,11 @@ class KVCache(State):
         if self.rows == 1 and self.k.device.type == "cpu":  # elsewhere the place stays a tensor, for graphs to read
             return PlacedSpan(self, self.filled, steps)
         return _CacheSpan(self, steps)
+
+    def past(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of a single row with room for one more step, as `Past` takes them; `advance` counts it."""
+        self.reserve(self.filled + 1)
+        return self.k[:, :, :, : self.filled + 1], self.v[:, :, :, : self.filled + 1]
 
     def advance(self, steps: int) -> None:
         """Count `steps` more in every row."""
@@ -313,7 +345,7 @@ class _CacheSpan:
         self.positions = cache.length[:, None] + torch.arange(steps, device=device)
         # whole blocks, so that a row's attention runs over the same number of slots in any batch
         self.used = min(-(-(cache.filled + steps) // CACHE_BLOCK) * CACHE_BLOCK, cache.k.shape[3])
-        self.mask: Tensor | None = _visible(self.positions, torch.arange(self.used, device=device)[None], None)
+        self.mask: Tensor | None = visible(self.positions, torch.arange(self.used, device=device)[None], None)
         self.index = self.positions[:, None, :, None]
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -334,12 +366,13 @@ class JoinedCaches:
     attends over its own cache, so it does not matter who its neighbours are nor how long they have been there.
     """
 
-    def __init__(self, caches: Sequence[KVCache], steps: Sequence[int], padded: int) -> None:
+    def __init__(self, caches: Sequence[KVCache | Past], steps: Sequence[int], padded: int) -> None:
         self.caches, self.steps, self.padded = caches, steps, padded
 
     def span(self, steps: int) -> JoinedSpan:
         """The next `steps` steps: those of all caches, and what pads them."""
-        return JoinedSpan([cache.span(own) for cache, own in zip(self.caches, self.steps, strict=True)], steps)
+        spans: list[Span] = [cache.span(own) for cache, own in zip(self.caches, self.steps, strict=True)]
+        return JoinedSpan(spans, steps)
 
 
 class JoinedSpan:
@@ -391,7 +424,7 @@ class _WindowSpan(Slots):
         super().__init__(self.k, self.v, kept, kept + steps)
         places = cache.length[:, None] + torch.arange(-kept, steps, device=cache.k.device)
         self.positions = places[:, kept:]
-        self.mask: Tensor | None = _visible(self.positions, places, kept + 1)
+        self.mask: Tensor | None = visible(self.positions, places, kept + 1)
 
     def close(self) -> None:
         self.cache.k.copy_(self.k[:, :, :, self.steps :])

@@ -1,54 +1,133 @@
-"""A step of fixed shapes, recorded once and replayed: no Python between its kernels.
+"""Steps of fixed shapes, recorded once and replayed: no Python between their kernels.
 
-On CUDA it is a graph, on a CPU a traced function; both record the very statements of the boxes. A step keeps a state of
-a fixed size, which is changed in place.
+On CUDA a step is a graph, on a CPU a traced function; both record the very statements of the boxes. Rows are padded to
+a few sizes (`BUCKETS`), for each of which there is one recording.
 """
 
 from __future__ import annotations
 
+import bisect
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from antiphon.streaming import State
+from antiphon.engine.blocks import BlockCache, BlockPool, BlockSpan
+from antiphon.streaming import CACHE_BLOCK, JoinedCaches, KVCache, Past, State
 
-Step = Callable[..., tuple[Tensor, ...]]
+Step: TypeAlias = Callable[..., tuple[Tensor, ...]]
+
+BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # rows of a matrix product
+
+WIDTHS = (1, 2, 4)  # blocks of the longest of several conversations; a wider table is recorded when it comes
 
 
-def capture(step: Step, state: State, examples: Sequence[Tensor]) -> Step:
+def bucket(rows: int) -> int:
+    """Rows that a batch of `rows` is padded to: a row gives the same bits in any company of one bucket."""
+    place = bisect.bisect_left(BUCKETS, rows)
+    return BUCKETS[place] if place < len(BUCKETS) else -(-rows // BUCKETS[-1]) * BUCKETS[-1]
+
+
+def padded_rows(x: Tensor) -> tuple[Tensor, int]:
+    """x [n, …] with zeros to the bucket of its rows, and their number."""
+    rows = bucket(len(x))
+    return F.pad(x, (0, 0) * (x.dim() - 1) + (0, rows - len(x))), rows
+
+
+def capture(step: Step, state: State, examples: Sequence[Tensor], memory: Any = None) -> Step:
     """`step(state, *inputs)` as a function of inputs of the shapes of `examples`, on whose device it runs.
 
-    The state is changed in place, by the recording too; what a call gives is valid until the next.
+    The state is changed in place, by the recording too; what a call gives is valid until the next one with the same
+    `graph_memory`.
     """
     step(state, *examples)  # what is made on first use (tables, constants) is no part of the recording
-    return _graph(step, state, examples) if examples[0].is_cuda else _trace(step, state, examples)
+    return _graph(step, state, examples, memory) if examples[0].is_cuda else _trace(step, state, examples)
 
 
 def _trace(step: Step, state: State, examples: Sequence[Tensor]) -> Step:
     kept, count = list(state.tensors().values()), len(examples)
 
     def whole(*given: Tensor) -> tuple[Tensor, ...]:
-        return step(state.over(given[count:]), *given[:count])  # what is no input counts as constant, and is folded
+        return step(state.over(given[count:]), *given[:count])  # what is no input counts as constant
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # sizes are fixed, as they are meant to be
-        traced: Any = torch.jit.trace(whole, (*examples, *kept), check_trace=False)
+    with Tape() as tape:
+        made = whole(*examples, *kept)
+    kept += tape.changing([*examples, *kept])
+    given = (*examples, *kept)
+    traced = _traced(lambda *inputs: tape.replay(given, inputs, made), given)
     return lambda *inputs: traced(*inputs, *kept)
 
 
-def _graph(step: Step, state: State, examples: Sequence[Tensor]) -> Step:
+def _traced(step: Step, examples: Sequence[Tensor]) -> Step:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numbers stay what they were, as they are meant to
+        traced: Any = torch.jit.trace(step, tuple(examples), check_trace=False)
+
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        # optimizing finds nothing to do here, and takes the first runs a second for it
+        with torch.jit.optimized_execution(False):  # pyright: ignore[reportPrivateImportUsage]
+            return traced(*inputs)
+
+    return run
+
+
+class Tape(TorchDispatchMode):
+    """The kernels that run while it is active.
+
+    What is traced from their replay is a sixth faster than what is traced from the statements: in those every size
+    would be an operation, and an operation that is made of others would be taken apart anew in every run.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runs: list[tuple[Any, Sequence[Any], Mapping[str, Any], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        with self:
+            made = func.decompose(*args, **(kwargs or {}))
+        if made is NotImplemented:  # a kernel
+            made = func(*args, **(kwargs or {}))
+            self.runs.append((func, args, kwargs or {}, made))
+        return made
+
+    def changing(self, given: Sequence[Tensor]) -> list[Tensor]:
+        """What the kernels change or see change beside `given`: scratch space, which is no constant."""
+        known, others, changed = {id(x) for x in given}, dict[int, Tensor](), set[int]()
+        for func, args, kwargs, made in self.runs:
+            used = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            others.update((id(x), x) for x in used if id(x) not in known)
+            known.update(map(id, tree_leaves(made)))
+            if func._schema.is_mutable:
+                changed.add(used[0].untyped_storage().data_ptr())
+        return [x for x in others.values() if x.untyped_storage().data_ptr() in changed]
+
+    def replay(self, given: Sequence[Tensor], inputs: Sequence[Tensor], made: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What `made` would have been with `inputs` in the place of `given`."""
+        now = {id(old): new for old, new in zip(given, inputs, strict=True)}
+        for func, args, kwargs, old in self.runs:
+            args, kwargs = tree_map_only(Tensor, lambda x: now.get(id(x), x), (args, kwargs))
+            new = func(*args, **kwargs)
+            pairs = [(old, new)] if isinstance(old, Tensor) else zip(old, new, strict=True)
+            now.update((id(before), after) for before, after in pairs)
+        return tuple(now[id(x)] for x in made)
+
+
+def _graph(step: Step, state: State, examples: Sequence[Tensor], memory: Any) -> Step:
     inputs = [example.clone() for example in examples]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
+    device = inputs[0].device
+    torch.cuda.current_stream(device).synchronize()
+    side, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(side):
+        for _ in range(2):  # libraries choose their kernels and take their workspaces
             step(state, *inputs)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    side.synchronize()
+    # the other lane goes on in its thread while this one records
+    with torch.cuda.graph(graph, memory, side, capture_error_mode="thread_local"):
         outputs = step(state, *inputs)
 
     def replay(*given: Tensor) -> tuple[Tensor, ...]:
@@ -58,3 +137,68 @@ def _graph(step: Step, state: State, examples: Sequence[Tensor]) -> Step:
         return outputs
 
     return replay
+
+
+def graph_memory(device: torch.device) -> Any:
+    """What the graphs of one thread may share: they run one after another, and nobody keeps what they give."""
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+
+class OneStep:
+    """One position of each of several conversations, after caches of any length.
+
+    `run(caches, positions, *inputs [B, …])` is what is recorded, inputs and outputs with a row for each conversation;
+    positions are [1, B], or None where the caches know them. `nobody` is an empty cache for rows that are there to fill
+    a bucket; with a pool, the caches are all blocks of it.
+    """
+
+    def __init__(self, run: Step, nobody: KVCache, pool: BlockPool | None = None, memory: Any = None) -> None:
+        self.run, self.nobody, self.pool, self.memory = run, nobody, pool, memory
+        self.records = dict[tuple[int, int], Step]()
+
+    def __call__(self, caches: Sequence[KVCache], *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The outputs for inputs [B, …] of as many caches, each of which is a step longer afterwards."""
+        rows, padded = bucket(len(caches)), [padded_rows(x)[0] for x in inputs]
+        outputs = (
+            self._alone(caches, rows, padded) if self.pool is None else self._pooled(self.pool, caches, rows, padded)
+        )
+        for cache in caches:
+            cache.advance(1)
+        return tuple(output[: len(caches)] for output in outputs)
+
+    def warm(self, rows: int, *inputs: Tensor) -> None:
+        """Record for so many rows; with a pool, for tables as wide as those of most conversations."""
+        for width in WIDTHS if self.pool else (1,):
+            caches = [self.nobody.copy() for _ in range(rows)]
+            held: list[KVCache] = [self.pool.hold(cache) for cache in caches] if self.pool else [*caches]
+            held[0].advance(width * CACHE_BLOCK - 1)
+            self(held, *inputs)
+
+    def _alone(self, caches: Sequence[KVCache], rows: int, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """With caches that have memory of their own: each past is an input, of any length."""
+        every, count = [*caches, *[self.nobody] * (rows - len(caches))], len(inputs)
+        places = torch.tensor([[cache.filled for cache in every]])
+        given = [places, *inputs, *[part for cache in every for part in cache.past()]]
+
+        def step(places: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+            pasts = [Past(k, v) for k, v in zip(rest[count::2], rest[count + 1 :: 2], strict=True)]
+            return self.run(JoinedCaches(pasts, [1] * len(pasts), len(pasts)), places, *rest[:count])
+
+        if (rows, 0) not in self.records:
+            step(*given)
+            self.records[rows, 0] = _traced(step, given)
+        return self.records[rows, 0](*given)
+
+    def _pooled(
+        self, pool: BlockPool, caches: Sequence[KVCache], rows: int, inputs: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """With blocks of a pool, which the table of the rows finds: one recording for every width of it."""
+        table, length = pool.table([cache for cache in caches if isinstance(cache, BlockCache)], rows)
+
+        def step(pool: BlockPool, table: Tensor, length: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            return self.run(BlockSpan(pool, table, length, 1), None, *inputs)
+
+        place = (rows, table.shape[1])
+        if place not in self.records:
+            self.records[place] = capture(step, pool, [table, length, *inputs], self.memory)
+        return self.records[place](table, length, *inputs)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from antiphon.engine.call import Call, EngineSession, Work
-from antiphon.engine.lanes import BUCKETS, Lane, Speaking, Thinking
+from antiphon.engine.lanes import BUCKETS, RETRY, Lane, Speaking, Thinking
 from antiphon.errors import BusyError
 from antiphon.generate import Omni
 
@@ -34,7 +34,6 @@ LIVE_WINDOW = 2  # seconds AuT attends over where somebody waits for the answer 
 RETENTION = 0.8  # of the model's positions, that a long conversation keeps
 IN_TIME = 0.8  # of a frame, that the steps of a full house may take
 TRIED = 10  # frames
-RETRY = 5.0  # seconds after which one who was refused may ask again: about an answer's length
 IDLE = 0.5  # seconds until a lane looks again if nobody wakes it
 
 
@@ -89,6 +88,8 @@ class Engine:
         with self._changed:
             if self.capacity is not None and sum(not call.is_guess for call in self.calls) >= self.capacity:
                 raise BusyError(self.capacity, RETRY)
+            for lane in self.lanes:
+                lane.take_in(session)
             self._opened += 1
             call = Call(session, f"call {self._opened}", self)
             self.calls = [*self.calls, call]
@@ -206,6 +207,9 @@ class Engine:
 
     @torch.inference_mode()
     def _serve(self, lane: Lane) -> None:
+        if self.model.device.type == "cuda":  # so that one lane's kernels need not wait for the other's
+            torch.cuda.set_device(self.model.device)
+            torch.cuda.set_stream(torch.cuda.Stream())
         while self._running:
             ticket = self._ticket
             try:

@@ -17,24 +17,35 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from antiphon.aut import Windows
 from antiphon.binding import bound
 from antiphon.code2wav import Code2WavState
-from antiphon.engine.call import CHUNK, Call, House, Turn, Work
-from antiphon.engine.capture import Step, capture
+from antiphon.engine.blocks import BlockPool, pool_for
+from antiphon.engine.call import CHUNK, Call, EngineSession, House, Turn, Work
+from antiphon.engine.capture import BUCKETS, OneStep, Step, bucket, capture, graph_memory, padded_rows
+from antiphon.errors import BusyError
 from antiphon.generate import AudioDelta, Done, reply_of
-from antiphon.sampling import MTP, NoiseKey, Sampling, choose, gumbel
-from antiphon.streaming import JoinedCaches, KVCache
+from antiphon.sampling import MTP, TALKER, NoiseKey, Sampling, choose, gumbel
+from antiphon.streaming import CACHE_BLOCK, JoinedCaches, KVCache
 
-BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # rows of a matrix product
 FIRST_WORDS = 2  # before there is a frame: the Talker, which is at it, has the machine to itself
 WORDS_AHEAD = 8  # of the frame that is made next: further on an answer's text can wait
 POSITIONS = 256  # of prompts that are read in one step, beside the tokens of answers
+
+
+SOUNDING = 16  # answers at once that there is room for at first
+TURN_BLOCKS = 4  # of a pool, that a conversation which comes in should find free
+RETRY = 5.0  # seconds after which one who was refused may ask again: about an answer's length
+
+
+Way: TypeAlias = tuple[Sampling, Sampling]  # how codebook 0 is drawn, and how the others
+RELEASED: Way = (TALKER, MTP)
 
 
 class Lane:
@@ -44,6 +55,8 @@ class Lane:
 
     def __init__(self, house: House) -> None:
         self.house, self.model = house, house.model
+        self.pool: BlockPool | None = None
+        self.memory = graph_memory(self.model.device)
 
     @contextmanager
     def noting(self, name: str, calls: Iterable[Call]) -> Iterator[None]:
@@ -90,6 +103,28 @@ class Lane:
         """Of a call, those that this lane writes."""
         raise NotImplementedError
 
+    def take_in(self, session: EngineSession) -> None:
+        """Have a session's caches where this lane's steps want them.
+
+        Raises:
+            BusyError: the memory for conversations is used up.
+        """
+
+    def held(self, cache: KVCache) -> KVCache:
+        """A cache in this lane's pool, if it has one."""
+        if self.pool is None:
+            return cache
+        if len(self.pool.free) < TURN_BLOCKS + cache.filled // CACHE_BLOCK:
+            raise BusyError(len(self.house.calls), RETRY)
+        cache = self.pool.hold(cache)
+        self.hand_over()
+        return cache
+
+    def hand_over(self) -> None:
+        """Wait until what this lane computed is there: the other has a stream of its own."""
+        if self.model.device.type == "cuda":
+            torch.cuda.current_stream(self.model.device).synchronize()
+
     @property
     def seconds(self) -> float:
         """Of a frame."""
@@ -111,7 +146,22 @@ class Thinking(Lane):
 
     def __init__(self, house: House) -> None:
         super().__init__(house)
-        self.think = bound(house.model.thinker)
+        thinker, place = house.model.thinker, (house.model.device, house.model.dtype)
+        nobody = thinker.init_state(1, thinker.config.max_position_embeddings, *place)
+        self.think, decode, self.pool = bound(thinker), bound(thinker.model), pool_for(nobody)
+        self.go_on = OneStep(
+            lambda caches, places, x: decode(x[None], caches, places)[0].unbind(), nobody, self.pool, self.memory
+        )
+
+    def take_in(self, session: EngineSession) -> None:
+        """The Thinker's."""
+        session.thinker = self.held(session.thinker)
+
+    def warm(self, conversations: int) -> None:
+        """Record the step of a token for every number of rows up to that of the conversations."""
+        width, place = self.model.thinker.config.hidden_size, (self.model.device, self.model.dtype)
+        for rows in BUCKETS[: bisect.bisect_left(BUCKETS, conversations) + 1]:
+            self.go_on.warm(rows, torch.zeros(rows, width, device=place[0], dtype=place[1]))
 
     def caches(self, call: Call) -> list[KVCache]:
         """The Thinker's."""
@@ -187,17 +237,30 @@ class Thinking(Lane):
 
     def read(self, calls: Sequence[Call], reads: Mapping[Call, Tensor]) -> None:
         """The Thinker's step over what `calls` read; what of it is the users' is handed to the Talker."""
+        if not any(call.reading for call in calls):
+            self.read_words(calls, torch.cat([reads[call] for call in calls]))
+            return
         steps = [len(reads[call]) for call in calls]
         x, padded = padded_rows(torch.cat([reads[call] for call in calls]))
         hidden, accept = self.think(x[None], JoinedCaches([call.session.thinker for call in calls], steps, padded))
-        parts = (whole[0, : sum(steps)].split(steps) for whole in (hidden, accept))
-        for call, states, tapped in zip(calls, *parts, strict=True):
+        hidden, accept = (whole[0, : sum(steps)].split(steps) for whole in (hidden, accept))
+        for call, states in zip(calls, hidden, strict=True):
             call.session.hidden = states[-1:].clone()
+        self.hand_over()
+        for call, tapped in zip(calls, accept, strict=True):
             if call.reading:
                 chunk = call.reading.popleft()
                 if chunk.mine and self.model.speech is not None:
                     call.following.append((chunk, tapped[chunk.mine]))
             elif call.turn:
+                call.turn.thought.read()
+
+    def read_words(self, calls: Sequence[Call], x: Tensor) -> None:
+        """The Thinker's step over a token x [B, U] of the answer of each call."""
+        (hidden,) = self.go_on([call.session.thinker for call in calls], x)
+        for call, state in zip(calls, hidden.clone().split(1), strict=True):
+            call.session.hidden = state
+            if call.turn:
                 call.turn.thought.read()
 
     def is_drawing(self, call: Call) -> bool:
@@ -240,15 +303,26 @@ class Speaking(Lane):
     def __init__(self, house: House) -> None:
         super().__init__(house)
         self.speech = speech = house.model.speaking()
-        self.talk, self.predict, self.decode = bound(speech.talker), speech.mtp.bind_predict(), bound(speech.code2wav)
+        self.talk, self.records = bound(speech.talker), dict[tuple[Way, int], Step]()
+        self.rows = WeakKeyDictionary[Turn, int]()  # of `sounds`, as long as there is the answer; the first is nobody's
         self.suppress = speech.talker.suppressed(house.model.device)
-        self.records = dict[tuple[Sampling, int], tuple[Step, Code2WavState]]()
+        capacity, place = speech.talker.config.text.max_position_embeddings, (house.model.device, house.model.dtype)
+        nobody = speech.talker.init_state(1, capacity, *place)
+        self.pool = pool_for(nobody)
+        self.go_on = OneStep(self.bind_talker(), nobody, self.pool, self.memory)
+        self.sounds = speech.code2wav.init_state(1 + SOUNDING, *place)
+
+    def take_in(self, session: EngineSession) -> None:
+        """The Talker's."""
+        session.talker = self.held(session.talker)
 
     def warm(self, conversations: int) -> None:
         """Record a frame for every number of rows up to that of the conversations, drawn as the release draws."""
+        self.make_room(conversations)
         for rows in BUCKETS[: bisect.bisect_left(BUCKETS, conversations) + 1]:
-            for _ in range(3):  # a recording is made better in its first runs
-                self.recorded(MTP, rows)[0](*self.examples(rows))
+            hidden, seen, keys, own = self.examples(rows)
+            self.go_on.warm(rows, own, hidden)
+            self.recorded(RELEASED, rows)(hidden, seen, keys, own)
 
     def caches(self, call: Call) -> list[KVCache]:
         """The Talker's."""
@@ -265,6 +339,7 @@ class Speaking(Lane):
         xs = [call.session.follow(*call.following[0])[0] for call in calls]
         x, padded = padded_rows(torch.cat(xs))
         self.talk(x[None], JoinedCaches([call.session.talker for call in calls], [len(x) for x in xs], padded))
+        self.hand_over()  # before the states that it read are let go
         for call in calls:
             call.session.user_length += len(call.following.popleft()[0].mine)
 
@@ -290,15 +365,18 @@ class Speaking(Lane):
         calls = [call for call in calls if call.turn in turns]
         if not turns:
             return
-        hidden, code = self.first_codes(calls, turns)
-        stop = self.speech.talker.config.codec_eos_token_id
-        for turn, one in zip(turns, code.tolist(), strict=True):
-            if one == stop:
-                turn.speech.finish, turn.spoken = "stop", True
-        made = list[tuple[Call, Turn, Tensor, Tensor, Tensor]]()
-        for way in dict.fromkeys(turn.speech.options.residual for turn in turns):
-            some = [i for i, t in enumerate(turns) if not t.spoken and t.speech.options.residual == way]
-            made += self.sound(way, [(calls[i], turns[i]) for i in some], hidden[some], code[some]) if some else ()
+        hidden, made = self.states(calls, turns), list[tuple[Call, Turn, Tensor, Tensor, Tensor]]()
+        ways = [(turn.speech.options.speech, turn.speech.options.residual) for turn in turns]
+        rows = torch.tensor([self.rows[turn] for turn in turns], device=hidden.device)
+        before = self.sounds.pick(rows) if len(set(ways)) > 1 else None
+        try:
+            for way in dict.fromkeys(ways):
+                some = [i for i, own in enumerate(ways) if own == way]
+                made += self.sound(way, [(calls[i], turns[i]) for i in some], hidden[some])
+        except Exception:
+            if before is not None:  # what was done in one way is done again, call by call
+                self.sounds.put(rows, before)
+            raise
         for one in made:  # nothing raises from here on: what the batch could not do is not half done
             self.give(*one)
 
@@ -314,101 +392,129 @@ class Speaking(Lane):
         turn.spoken = speech.finish is not None
         return turn.spoken
 
-    def first_codes(self, calls: Sequence[Call], turns: Sequence[Turn]) -> tuple[Tensor, Tensor]:
-        """The Talker's states [B, W] and codes [B] of codebook 0."""
-        xs = self.inputs(turns)
+    def begin(self, turn: Turn) -> None:
+        """Give an answer a row of `sounds` with silence in it, unless it has one."""
+        if turn not in self.rows:
+            taken = set(self.rows.values())
+            if len(taken) + 1 == self.sounds.rows:
+                self.make_room(2 * len(taken))
+            self.rows[turn] = min(set(range(1, self.sounds.rows)) - taken)
+            self.sounds.reset([self.rows[turn]])
+
+    def make_room(self, answers: int) -> None:
+        """Have rows for so many answers; what was recorded held the state that was there before."""
+        old, place = self.sounds, (self.model.device, self.model.dtype)
+        if old.rows <= answers:
+            self.sounds = self.speech.code2wav.init_state(1 + answers, *place)
+            self.sounds.put(torch.arange(old.rows, device=place[0]), old)
+            self.records.clear()
+
+    def states(self, calls: Sequence[Call], turns: Sequence[Turn]) -> Tensor:
+        """The Talker's states [B, W] that give each answer's next frame."""
+        caches = [call.session.talker for call in calls]
+        for turn in turns:
+            self.begin(turn)
+            turn.speech.words[:] = turn.words[: turn.frames + 1]
+        residues = [turn.residue for turn in turns if turn.residue is not None]
+        words = torch.tensor(
+            [turn.next_input(self.model.config) for turn in turns if turn.residue is not None],
+            dtype=torch.long,
+            device=self.model.device,
+        )
+        if len(residues) == len(turns):
+            return self.go_on(caches, words, torch.stack(residues))[0]
+        text = self.speech.talker.text_projection(self.model.thinker.embed(padded_rows(words)[0]))
+        rows = (residue + word for residue, word in zip(residues, text, strict=False))
+        xs = [next(rows)[None] if turn.residue is not None else turn.speech.open(turn.words[0])[0] for turn in turns]
         steps = [len(x) for x in xs]
         x, padded = padded_rows(torch.cat(xs))
-        states = self.talk(x[None], JoinedCaches([call.session.talker for call in calls], steps, padded))[0]
-        hidden = states[torch.tensor(steps, device=x.device).cumsum(0) - 1]
-        logits = self.speech.talker.codec_head(padded_rows(hidden)[0])[: len(turns)]
-        speeches = [turn.speech for turn in turns]
-        seen = torch.cat([speech.seen for speech in speeches])
-        keys = [speech.key(turn.frames, 0) for speech, turn in zip(speeches, turns, strict=True)]
-        return hidden, choose_each(logits, [speech.options.speech for speech in speeches], keys, seen, self.suppress)
+        states = self.talk(x[None], JoinedCaches(caches, steps, padded))[0]
+        return states[torch.tensor(steps, device=x.device).cumsum(0) - 1]
 
-    def inputs(self, turns: Sequence[Turn]) -> list[Tensor]:
-        """The Talker's input [T, W] of each answer's next frame: its opening, or its last codes and next word."""
-        words = [turn.next_input(self.model.config) for turn in turns if turn.residue is not None]
-        text = padded_rows(torch.tensor(words, dtype=torch.long, device=self.model.device))[0]
-        rows = iter(self.speech.talker.text_projection(self.model.thinker.embed(text)) if words else ())
-        for turn in turns:
-            turn.speech.words[:] = turn.words[: turn.frames + 1]
-        return [
-            turn.speech.open(turn.words[0])[0] if turn.residue is None else (turn.residue + next(rows))[None]
-            for turn in turns
-        ]
+    def bind_talker(self) -> Step:
+        """The Talker's states [B, W] after one more word [B] and residue [B, W] of each answer."""
+        talk, embed = bound(self.speech.talker.model), self.model.thinker.embed
+        project = self.speech.talker.text_projection
+
+        def step(caches: JoinedCaches, places: Tensor, words: Tensor, residue: Tensor) -> tuple[Tensor, ...]:
+            return talk((residue + project(embed(words)))[None], caches, places)[0].unbind()
+
+        return step
 
     def sound(
-        self, way: Sampling, some: Sequence[tuple[Call, Turn]], hidden: Tensor, code: Tensor
+        self, way: Way, some: Sequence[tuple[Call, Turn]], hidden: Tensor
     ) -> Iterator[tuple[Call, Turn, Tensor, Tensor, Tensor]]:
-        """Codes [Q], what they sum up to [W] and samples [1920] of a frame of each, its other codes drawn in one way.
+        """Codes [Q], what they sum up to [W] and samples [1920] of a frame of each, whose codes are drawn in one way.
 
-        The states [B, W] gave the codes [B] of codebook 0.
+        The states [B, W] give the codes of codebook 0.
         """
-        hidden, rows = padded_rows(hidden)
-        step, state = self.recorded(way, rows)
-        noise = self.noise([turn.speech.key(turn.frames, 0) for _, turn in some], rows)
-        own = [call.session.code2wav for call, _ in some]
-        state.take_in(own)
-        codes, residue, wave = step(hidden, F.pad(code, (0, rows - len(some))), noise)
-        state.give_back(own)
+        step = self.recorded(way, bucket(len(some)))
+        seen = torch.cat([turn.speech.seen for _, turn in some])
+        known = [[*turn.speech.key(turn.frames, 0)[:3], self.rows[turn]] for _, turn in some]
+        keys = padded_rows(torch.tensor(known, device=hidden.device))[0]
+        codes, residue, wave = step(padded_rows(hidden)[0], padded_rows(seen)[0], keys[:, :3], keys[:, 3])
         calls, turns = zip(*some, strict=True)
         return zip(calls, turns, codes.cpu(), residue.clone(), wave.float().cpu(), strict=False)
 
-    def recorded(self, way: Sampling, rows: int) -> tuple[Step, Code2WavState]:
-        """MTP and Code2Wav on so many rows, and the state that they change.
+    def recorded(self, way: Way, rows: int) -> Step:
+        """Codes of a frame, drawn in such a way, and their sound, on so many rows.
 
-        States [B, W] and codes [B] of codebook 0 and noise -> all codes [B, Q], their sum [B, W], samples [B, 1920].
+        States [B, W], codes [B, V] of codebook 0 drawn before, keys [B, 3] of the noise and rows [B] of `sounds` ->
+        all codes [B, Q], their sum [B, W], samples [B, 1920]. Where codebook 0 ends the answer, the rest is nobody's.
         """
         if (way, rows) not in self.records:
-            speech, place = self.speech, (self.model.device, self.model.dtype)
-            scratch, state = speech.mtp.init_state(rows, *place), speech.code2wav.init_state(rows, *place)
-
-            def step(kept: Code2WavState, hidden: Tensor, code: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
-                first = speech.talker.model.codec_embedding(code)
-                rest, total = self.predict(hidden, first, lambda x, book: choose(x, way, noise[:, book - 1]), scratch)
-                codes = torch.cat([code[:, None], rest], 1)
-                return codes, first + total, self.decode(codes[:, None], kept)
-
-            self.records[way, rows] = capture(step, state, self.examples(rows)), state
+            step, given = self.bind_frame(way, rows), self.examples(rows)
+            self.records[way, rows] = capture(step, self.sounds, given, self.memory)
         return self.records[way, rows]
 
-    def examples(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What `recorded` steps may be given."""
-        hidden = torch.zeros(rows, self.speech.talker.config.text.hidden_size, dtype=self.model.dtype)
-        code = torch.zeros(rows, dtype=torch.long)
-        noise = self.noise([NoiseKey(0, 0, 0, 0)], rows)
-        return hidden.to(self.model.device), code.to(self.model.device), noise
+    def bind_frame(self, way: Way, rows: int) -> Step:
+        """What `recorded` records."""
+        talker, mtp, (first_way, rest_way) = self.speech.talker, self.speech.mtp, way
+        predict, decode, suppress = mtp.bind_predict(), bound(self.speech.code2wav), self.suppress
+        scratch = mtp.init_state(rows, self.model.device, self.model.dtype)
+        books = torch.arange(1, mtp.codebooks, device=self.model.device).repeat(rows)
+        size, stop = mtp.config.vocab_size, talker.config.codec_eos_token_id
 
-    def noise(self, keys: Sequence[NoiseKey], rows: int) -> Tensor:
-        """Noise [B, Q - 1, V] of all draws of a frame whose first have these keys."""
-        mtp = self.speech.mtp
-        books, size = torch.arange(1, mtp.codebooks).repeat(rows), mtp.config.vocab_size
-        seed, turn, frame, _ = torch.tensor([*keys] + [keys[0]] * (rows - len(keys))).T
-        seed, turn, frame = (part.repeat_interleave(mtp.codebooks - 1) for part in (seed, turn, frame))
-        return gumbel(NoiseKey(seed, turn, frame, books), size, self.model.device).view(rows, -1, size)
+        def step(sounds: Code2WavState, hidden: Tensor, seen: Tensor, keys: Tensor, own: Tensor) -> tuple[Tensor, ...]:
+            kept = sounds.pick(own)
+            key = NoiseKey(keys[:, 0], keys[:, 1], keys[:, 2], 0)
+            code = choose(talker.codec_head(hidden), first_way, key, seen, suppress)
+            first = talker.model.codec_embedding(code)
+            each = keys.repeat_interleave(mtp.codebooks - 1, 0)
+            every = NoiseKey(each[:, 0], each[:, 1], each[:, 2], books)
+            noise = None if rest_way.greedy else gumbel(every, size, hidden.device).view(rows, -1, size)
+            rest, total = predict(
+                hidden,
+                first,
+                lambda x, book: choose(x, rest_way, None if noise is None else noise[:, book - 1]),
+                scratch,
+            )
+            heard = torch.cat([code.masked_fill(code == stop, 0)[:, None], rest], 1)
+            wave = decode(heard[:, None], kept)
+            sounds.put(own, kept)
+            return torch.cat([code[:, None], rest], 1), first + total, wave
+
+        return step
+
+    def examples(self, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `recorded` steps may be given."""
+        text, device = self.speech.talker.config.text, self.model.device
+        hidden = torch.zeros(rows, text.hidden_size, dtype=self.model.dtype, device=device)
+        seen = torch.zeros(rows, text.vocab_size, dtype=torch.bool, device=device)
+        keys = torch.zeros(rows, 4, dtype=torch.long, device=device)
+        return hidden, seen, keys[:, :3], keys[:, 3]
 
     def give(self, call: Call, turn: Turn, codes: Tensor, residue: Tensor, wave: Tensor) -> None:
-        """One more frame for who listens."""
+        """One more frame for who listens, unless codebook 0 ended the answer."""
+        if int(codes[0]) == self.speech.talker.config.codec_eos_token_id:
+            turn.speech.finish, turn.spoken = "stop", True
+            return
         turn.first_at = self.house.now() if turn.first_at is None else turn.first_at
         turn.residue, turn.speech.seen[0, codes[0]] = residue, True
         samples = turn.speech.add(codes, wave)
         if call.session.answer is not None and not turn.told:
             call.session.answer.frames.append(turn.tokens_by(turn.frames - 1))
         turn.events.put(AudioDelta(samples, turn.frames - 1, turn.speech.sample_rate))
-
-
-def bucket(rows: int) -> int:
-    """Rows that a batch of `rows` is padded to: a row gives the same bits in any company of one bucket."""
-    place = bisect.bisect_left(BUCKETS, rows)
-    return BUCKETS[place] if place < len(BUCKETS) else -(-rows // BUCKETS[-1]) * BUCKETS[-1]
-
-
-def padded_rows(x: Tensor) -> tuple[Tensor, int]:
-    """x [n, …] with zeros to the bucket of its rows, and their number."""
-    rows = bucket(len(x))
-    return F.pad(x, (0, 0) * (x.dim() - 1) + (0, rows - len(x))), rows
 
 
 def choose_each(
