@@ -106,6 +106,7 @@ class Answering:
     def __init__(self, wake: Callable[[], None]) -> None:
         self._events = queue.SimpleQueue[Event | Failed]()
         self._wake = wake
+        self.notify: Callable[[], None] = lambda: None  # called, in a thread of the engine, when there is an event
         self.asked_at = 0.0  # on the engine's clock
         self.cancelled = False  # before it began
         self.limit = KEPT_FRAMES  # of frames that wait to be taken; then the answer waits too
@@ -120,6 +121,7 @@ class Answering:
         """One more event."""
         self._given += isinstance(event, AudioDelta)
         self._events.put(event)
+        self.notify()
 
     def take(self, timeout: float | None = None) -> Event | Failed:
         """The next event.
