@@ -28,6 +28,8 @@ from antiphon.serve.logs import note
 from antiphon.serve.openapi import document, page
 from antiphon.serve.refusals import Refused
 from antiphon.serve.settings import Settings
+from antiphon.serve.speech import add_voice, delete_voice, list_voices, speech
+from antiphon.serve.transcriptions import transcriptions
 
 PAGE = Path(__file__).parent / "page"
 
@@ -52,6 +54,11 @@ def create_app(settings: Settings, prepare: Callable[[], Engine]) -> Starlette:
         Route("/v1/models", models),
         Route("/v1/models/{name}", model),
         Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/audio/transcriptions", transcriptions, methods=["POST"]),
+        Route("/v1/audio/speech", speech, methods=["POST"]),
+        Route("/v1/audio/voices", list_voices, methods=["GET"]),
+        Route("/v1/audio/voices", add_voice, methods=["POST"]),
+        Route("/v1/audio/voices/{voice_id}", delete_voice, methods=["DELETE"]),
     ]
     if PAGE.is_dir():
         routes.append(Mount("/", StaticFiles(directory=PAGE, html=True)))
@@ -97,7 +104,8 @@ async def _http(request: Request, error: Exception) -> Response:
     """What the router refuses, in OpenAI's form."""
     assert isinstance(error, HTTPException)
     message = {404: f"there is no {request.url.path}", 405: f"{request.url.path} does not take {request.method}"}
-    return Refused(message.get(error.status_code, error.detail), error.status_code, "not_found").response()
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+    return Refused(message.get(error.status_code, error.detail), error.status_code, code).response()
 
 
 def _report(warming: asyncio.Task[None]) -> None:

@@ -56,6 +56,12 @@ class House:
         """The boxes."""
         return self.engine.model
 
+    @property
+    def sample_rate(self) -> int:
+        """Of what it says, in Hz."""
+        code2wav = self.model.config.code2wav
+        return code2wav.sample_rate if code2wav else 0
+
     async def warm(self) -> None:
         """Load and warm the engine, in a thread of its own."""
         self._engine = await asyncio.to_thread(self._prepare)

@@ -63,7 +63,8 @@ class Encoder:
         self._file: soundfile.SoundFile | None = None
         if form in ENCODED:
             kind, subtype = ENCODED[form]
-            self._file = soundfile.SoundFile(self._pipe, "w", rate, 1, subtype, format=kind)
+            steady = "CONSTANT" if form == "mp3" else None  # without a length, players reckon with the bit rate
+            self._file = soundfile.SoundFile(self._pipe, "w", rate, 1, subtype, format=kind, bitrate_mode=steady)
 
     def push(self, samples: Samples) -> bytes:
         """Bytes that are certain after these samples [N]."""

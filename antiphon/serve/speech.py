@@ -147,7 +147,9 @@ def clone(house: House, data: bytes) -> Tensor:
     shortest, longest = REFERENCE
     samples, rate = decode(data, 2 * longest)
     if not shortest <= (seconds := len(samples) / rate) <= longest:
-        raise AudioError(f"the recording is {seconds:.1f} s long; give {shortest:g} to {longest:g} seconds of one voice")
+        raise AudioError(
+            f"the recording is {seconds:.1f} s long; give {shortest:g} to {longest:g} seconds of one voice"
+        )
     return house.model.clone(samples, rate)
 
 
@@ -159,4 +161,4 @@ async def delete_voice(request: Request) -> Response:
 
 
 def _wire(voice: Voice) -> WireVoice:
-    return WireVoice(id=voice.id, name=voice.name, created_at=voice.created, object="audio.voice")
+    return WireVoice(id=voice.id, name=voice.name, created_at=voice.created, object="audio.voice", type="audio_sample")

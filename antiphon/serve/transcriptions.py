@@ -17,7 +17,7 @@ from openai.types.audio import (
 from openai.types.audio.transcription import UsageTokens, UsageTokensInputTokenDetails
 from openai.types.audio.transcription_text_done_event import Usage as StreamUsage
 from openai.types.audio.transcription_verbose import Usage as Duration
-from starlette.datastructures import FormData, UploadFile
+from starlette.datastructures import FormData
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 

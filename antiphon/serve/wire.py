@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
@@ -29,6 +31,43 @@ async def read_json(request: Request, kind: TypeAdapter[Read]) -> Read:
         Refused: no JSON, or not of this kind; the first field that is wrong is named.
     """
     return checked(parsed(await request.body()), kind)
+
+
+async def form_of(request: Request) -> FormData:
+    """The fields of a form with an upload.
+
+    Raises:
+        Refused: it is no form.
+    """
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise Refused("send the fields as multipart/form-data", code="invalid_form")
+    try:
+        return await request.form(max_files=2, max_fields=50)
+    except HTTPException as error:
+        raise Refused(f"the form cannot be read: {error.detail}", code="invalid_form") from None
+
+
+def form_text(form: FormData, name: str) -> str:
+    """A field of a form; empty where there is none.
+
+    Raises:
+        Refused: it is a file.
+    """
+    value = form.get(name, "")
+    if not isinstance(value, str):
+        raise Refused(f"{name} is a file; send text", param=name, code="invalid_type")
+    return value
+
+
+async def uploaded(file: UploadFile | str | None, name: str) -> bytes:
+    """The bytes of an upload; its name is of no interest.
+
+    Raises:
+        Refused: there is none.
+    """
+    if not isinstance(file, UploadFile):
+        raise Refused(f"send a sound file as {name}", param=name, code="missing_required_parameter")
+    return await file.read()
 
 
 def parsed(body: bytes | str) -> dict[str, Any]:
