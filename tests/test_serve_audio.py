@@ -11,7 +11,7 @@ import openai
 import pytest
 import soundfile
 
-from antiphon.audio import Samples, from_pcm16, pcm16, read_audio, write_audio
+from antiphon.audio import Samples, from_pcm16, read_audio, write_audio
 from antiphon.generate import collect
 from antiphon.serve.settings import Settings
 from antiphon.serve.sounds import MEDIA, Encoder, WireOut, decode, from_wire, whole_file

@@ -63,8 +63,9 @@ class Encoder:
         self._file: soundfile.SoundFile | None = None
         if form in ENCODED:
             kind, subtype = ENCODED[form]
-            steady = "CONSTANT" if form == "mp3" else None  # without a length, players reckon with the bit rate
-            self._file = soundfile.SoundFile(self._pipe, "w", rate, 1, subtype, format=kind, bitrate_mode=steady)
+            # without a length, players reckon with the bit rate, so it is kept constant
+            steady = {"bitrate_mode": "CONSTANT", "compression_level": 0.5} if form == "mp3" else {}
+            self._file = soundfile.SoundFile(self._pipe, "w", rate, 1, subtype, format=kind, **steady)
 
     def push(self, samples: Samples) -> bytes:
         """Bytes that are certain after these samples [N]."""
