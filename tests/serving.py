@@ -34,6 +34,7 @@ class Served:
 
     host: str  # with its port
     engine: Engine
+    stop: Callable[[], None]
 
     @property
     def url(self) -> str:
@@ -69,10 +70,14 @@ def serving(
     if wait:
         with httpx2.Client(base_url=f"http://{host}") as http:
             until(lambda: http.get("/health").status_code == 200)
-    try:
-        yield Served(host, made[0] if made else Engine(tiny()))
-    finally:
+
+    def stop() -> None:
         server.should_exit = True
+
+    try:
+        yield Served(host, made[0] if made else Engine(tiny()), stop)
+    finally:
+        stop()
         thread.join(30)
         assert not thread.is_alive(), "the server did not stop"
 

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
-from starlette.routing import BaseRoute, Mount, Route
+from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 
 from antiphon.engine import Engine
@@ -26,6 +26,7 @@ from antiphon.serve.gate import Gate
 from antiphon.serve.house import House, house_of
 from antiphon.serve.logs import note
 from antiphon.serve.openapi import document, page
+from antiphon.serve.realtime import Lobby, realtime
 from antiphon.serve.refusals import Refused
 from antiphon.serve.settings import Settings
 from antiphon.serve.speech import add_voice, delete_voice, list_voices, speech
@@ -59,6 +60,7 @@ def create_app(settings: Settings, prepare: Callable[[], Engine]) -> Starlette:
         Route("/v1/audio/voices", list_voices, methods=["GET"]),
         Route("/v1/audio/voices", add_voice, methods=["POST"]),
         Route("/v1/audio/voices/{voice_id}", delete_voice, methods=["DELETE"]),
+        WebSocketRoute("/v1/realtime", realtime),
     ]
     if PAGE.is_dir():
         routes.append(Mount("/", StaticFiles(directory=PAGE, html=True)))
@@ -68,7 +70,7 @@ def create_app(settings: Settings, prepare: Callable[[], Engine]) -> Starlette:
         middleware=[Middleware(Gate, house=house)],
         exception_handlers={HTTPException: _http},
     )
-    app.state.house = house
+    app.state.house, app.state.lobby = house, Lobby(house)
     return app
 
 

@@ -164,7 +164,7 @@ class WireOut:
     """An answer's sound as bytes of a Realtime format, in pieces."""
 
     def __init__(self, form: Wire, rate: int) -> None:
-        self.form = form
+        self.form: Wire = form
         self._same = rate == wire_rate(form)
         self._resample = Resampler(rate, wire_rate(form))
         self._state = self._resample.init_state(1, torch.device("cpu"), torch.float32)

@@ -104,13 +104,13 @@ async def read_recording(house: House, form: FormData) -> Recording:
     return Recording(samples, rate, language)
 
 
-async def pieces(house: House, recording: Recording, written: Written) -> AsyncGenerator[str]:
-    """Text as it forms; what is certain of it goes into `written`."""
+async def pieces(house: House, recording: Recording, written: Written, aside: bool = False) -> AsyncGenerator[str]:
+    """Text as it forms; what is certain of it goes into `written`. `aside` comes after what others wait for."""
     samples, rate = recording.samples, recording.rate
     cuts = await asyncio.to_thread(cut_at_pauses, samples, rate, longest_piece(house.model))
     for start, stop in cuts:
         before = written.text()
-        async with house.call() as call:
+        async with house.call(aside=aside) as call:
             await settled(call.append_clip(samples[start:stop], rate))
             await settled(call.append_text(PROMPTS.get(recording.language, PROMPTS[""])))
             answer = call.respond(audio=False, max_text_tokens=most_tokens((stop - start) / rate))
