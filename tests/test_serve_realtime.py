@@ -455,7 +455,7 @@ def test_what_cannot_be_set_is_said_and_changes_nothing(server, session, param):
         '{"type": "output_audio_buffer.clear"}',
         '{"type": "input_audio_buffer.append"}',
         '{"type": "input_audio_buffer.append", "audio": "?"}',
-        '{"type": "input_audio_buffer.append", "audio": "AAA="}',
+        '{"type": "input_audio_buffer.append", "audio": "AAAA"}',
         '{"type": "input_audio_buffer.append", "audio": 7}',
         '{"type": "input_audio_buffer.commit"}',
         '{"type": "conversation.item.create", "item": {"type": "message", "role": "user", "content": [{"type": "input_image"}]}}',

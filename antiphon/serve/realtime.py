@@ -276,7 +276,7 @@ async def realtime(socket: WebSocket) -> None:
         return
     lobby.leave(session)
     if socket.application_state is WebSocketState.CONNECTED and left is not None:
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError, WebSocketDisconnect):
             await socket.close(*left)
 
 

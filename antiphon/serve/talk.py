@@ -443,8 +443,9 @@ class Talk:
         Raises:
             Refused: an answer is being given.
         """
-        if self.answer is not None:
-            raise Refused("an answer is being given; cancel it first", code="conversation_already_has_active_response")
+        self._check_free()
+        if not self.items and not instructions:
+            raise Refused("there is nothing to answer; say something first", code="invalid_value")
         await self._finish_cut()
         if self._stale:
             await self._refresh()
@@ -458,14 +459,17 @@ class Talk:
         Raises:
             Refused: an answer is being given.
         """
-        if self.answer is not None:
-            raise Refused("an answer is being given; cancel it first", code="conversation_already_has_active_response")
+        self._check_free()
         system = instructions or self.manner.instructions or None
         call = await asyncio.to_thread(
             lambda: self.house.engine.open(system, self.manner.tools, LIVE_WINDOW, aside=True)
         )
         await retell(call, items)
         self._start(answer, call)
+
+    def _check_free(self) -> None:
+        if self.answer is not None:
+            raise Refused("an answer is being given; cancel it first", code="conversation_already_has_active_response")
 
     async def _answer_or_owe(self) -> None:
         if self.answer is not None:
