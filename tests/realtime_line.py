@@ -4,6 +4,7 @@ import base64
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,7 @@ def text_of(events: Sequence[Event]) -> str:
     return "".join(event["delta"] for event in events if event["type"] in kinds)
 
 
-def at_24k(name: str) -> Samples:
+def at_24k(name: str | Path) -> Samples:
     """An example's sound at the wire's rate."""
     samples, rate = read_audio(name)
     return Resampler(rate, 24000)(torch.from_numpy(samples)[None])[0].numpy()

@@ -126,16 +126,40 @@ def test_a_tool_is_called_and_its_result_answered(server):
     message = reply.choices[0].message
     call = message.tool_calls[0]
     assert reply.choices[0].finish_reason == "tool_calls"
-    assert call.function.name in {tool["function"]["name"] for tool in TOOLS}
-    assert isinstance(json.loads(call.function.arguments), dict)
+    arguments = json.loads(call.function.arguments)
+    assert call.function.name == "set_timer"
+    assert [*arguments] == ["minutes"]
+    assert isinstance(arguments["minutes"], int)
     calls = [c for chunk in stream for choice in chunk.choices for c in choice.delta.tool_calls or ()]
     assert [(c.function.name, c.function.arguments) for c in calls] == [(call.function.name, call.function.arguments)]
     result: Any = {"role": "tool", "tool_call_id": call.id, "content": "OK"}
-    after = client.chat.completions.create(model="tiny", messages=[TIMER, message.model_dump(), result], tools=[*TOOLS])
+    told = [TIMER, message.model_dump(), result]
+    after = client.chat.completions.create(model="tiny", messages=told, tools=[*TOOLS], tool_choice="none")
     assert after.choices[0].message.content
-    assert after.usage.prompt_tokens > reply.usage.prompt_tokens
     none = client.chat.completions.create(model="tiny", messages=[TIMER], tools=[*TOOLS], tool_choice="none")
     assert not none.choices[0].message.tool_calls
+
+
+def test_a_call_can_be_required_and_named(server):
+    client = server.client()
+
+    def ask(choice: Any, parallel: bool = False) -> list[tuple[str, Any]]:
+        reply = client.chat.completions.create(
+            model="tiny", messages=[ASKED], tools=[*TOOLS], tool_choice=choice, parallel_tool_calls=parallel
+        )
+        message = reply.choices[0].message
+        assert not message.content
+        return [(call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls]
+
+    assert len(ask("required")) == 1
+    (name, arguments), *more = ask({"type": "function", "function": {"name": "set_light"}})
+    assert (name, more) == ("set_light", [])
+    assert {key: type(value) for key, value in arguments.items()} == {"room": str, "on": bool}
+    with pytest.raises(openai.BadRequestError, match="no function 'other'"):
+        ask({"type": "function", "function": {"name": "other"}})
+    broken: Any = {"type": "function", "function": {"name": "f", "parameters": {"$ref": "#"}}}
+    with pytest.raises(openai.BadRequestError, match="too intricate"):
+        client.chat.completions.create(model="tiny", messages=[ASKED], tools=[broken], tool_choice="required")
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from tests.serving import Served, engine, serving, tiny, until
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PUSH_TO_TALK: Any = {"input": {"turn_detection": None}}
+IMAGE = {"type": "message", "role": "user", "content": [{"type": "input_image", "image_url": "x"}]}
 ANSWER = [
     "response.output_item.added",
     "conversation.item.added",
@@ -458,7 +459,8 @@ def test_what_cannot_be_set_is_said_and_changes_nothing(server, session, param):
         '{"type": "input_audio_buffer.append", "audio": "AAAA"}',
         '{"type": "input_audio_buffer.append", "audio": 7}',
         '{"type": "input_audio_buffer.commit"}',
-        '{"type": "conversation.item.create", "item": {"type": "message", "role": "user", "content": [{"type": "input_image"}]}}',
+        '{"type": "conversation.item.create", "item": {"type": "message", "role": "user", "content": 7}}',
+        json.dumps({"type": "conversation.item.create", "item": IMAGE}),
         '{"type": "conversation.item.create", "item": {"type": "mcp_call"}}',
         '{"type": "conversation.item.create"}',
         '{"type": "conversation.item.delete", "item_id": "x"}',
@@ -510,9 +512,13 @@ def test_sessions_have_a_limit_and_lost_ones_make_room():
             pass
         with pytest.raises(InvalidStatus, match="401"), line(served, "three"):
             pass
-    with serving(make=lambda: engine(1)) as served, line(served):
-        with pytest.raises(InvalidStatus, match="503"), line(served):
-            pass
+    with (
+        serving(make=lambda: engine(1)) as served,
+        line(served),
+        pytest.raises(InvalidStatus, match="503"),
+        line(served),
+    ):
+        pass
 
 
 def test_who_says_nothing_for_long_is_closed():
@@ -525,18 +531,17 @@ def test_who_says_nothing_for_long_is_closed():
 
 
 def test_a_stopped_server_finishes_its_sentence():
-    with serving() as served:
-        with line(served) as c:
-            c.say("What is three plus four?")
-            c.send("response.create")
-            c.until("response.output_audio.delta")
-            served.stop()
-            with pytest.raises(ConnectionClosed) as closed:
-                c.until("never")
-            assert closed.value.rcvd is not None
-            assert closed.value.rcvd.code == 1001
-            done = next(event for event in c.events if event["type"] == "response.done")
-            assert done["response"]["status"] == "completed"
+    with serving() as served, line(served) as c:
+        c.say("What is three plus four?")
+        c.send("response.create")
+        c.until("response.output_audio.delta")
+        served.stop()
+        with pytest.raises(ConnectionClosed) as closed:
+            c.until("never")
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1001
+        done = next(event for event in c.events if event["type"] == "response.done")
+        assert done["response"]["status"] == "completed"
 
 
 def test_pages_of_others_may_not_open_one(server):

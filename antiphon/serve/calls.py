@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from antiphon.chat import ToolCall, parse_tool_calls
+from antiphon.guide import Guide
+from antiphon.serve.refusals import Refused
+from antiphon.tokenizer import Tokenizer
 
 CALL = ("<tool_call>", "</tool_call>")
 THOUGHT = ("<think>", "</think>")
@@ -60,6 +64,22 @@ class Splitter:
         if self.span == CALL:
             yield from parse_tool_calls(f"{CALL[0]}{body}{CALL[1]}")
         self.span, self.after_span = None, True
+
+
+def guide_of(
+    tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]], choice: str, parallel: bool, param: str
+) -> Guide | None:
+    """What holds an answer to the functions of `tools`; `choice` is auto, none, required, or a function's name.
+
+    Raises:
+        Refused: there is no such function. InputError: parameters that are no JSON schema.
+    """
+    if choice == "none" or (not tools and choice == "auto"):
+        return None
+    named = [tool for tool in tools if choice in ("auto", "required", tool["function"]["name"])]
+    if not named:
+        raise Refused(f"no function {choice!r} is among the tools", code="invalid_value", param=param)
+    return Guide(tokenizer, named, choice != "auto", parallel)
 
 
 def arguments_text(call: ToolCall) -> str:

@@ -11,7 +11,7 @@ import binascii
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from openai.types import CompletionUsage
@@ -37,7 +37,7 @@ from antiphon.chat import ToolCall
 from antiphon.engine import Call
 from antiphon.generate import AudioDelta, Done, Options, Reply, TextDelta
 from antiphon.sampling import GREEDY, THINKER, Sampling
-from antiphon.serve.calls import Splitter, arguments_text
+from antiphon.serve.calls import Splitter, arguments_text, guide_of
 from antiphon.serve.house import House, house_of, settled, while_connected
 from antiphon.serve.refusals import Refused
 from antiphon.serve.sounds import MEDIA, decode, whole_file
@@ -97,12 +97,15 @@ async def read_question(house: House, body: Mapping[str, Any], who: str) -> Ques
         messages.append(await read_message(house, message, who, left))
     system = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else None
     stream, audio = bool(body.get("stream")), "audio" in (body.get("modalities") or ())
+    tools, choice = read_tools(body)
+    parallel = body.get("parallel_tool_calls", True)
+    guide = guide_of(house.model.tokenizer, tools, choice, parallel, "tool_choice")
     return Question(
         model=house.check_model(body["model"]),
         system=system,
-        tools=read_tools(body),
+        tools=tools,
         messages=messages,
-        options=read_options(house, body, who, audio),
+        options=replace(read_options(house, body, who, audio), guide=guide),
         form=read_form(house, body, stream) if audio else None,
         stream=stream,
         usage=bool((body.get("stream_options") or {}).get("include_usage")),
@@ -147,14 +150,20 @@ def _text(part: Mapping[str, Any]) -> str:
     return part["text"]
 
 
-def read_tools(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The functions that may be called."""
+def read_tools(body: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str]:
+    """The functions that are declared, and which is to be called: auto, none, required, or a name.
+
+    Raises:
+        Refused: tools that are no functions, or a choice of another kind.
+    """
     choice, tools = body.get("tool_choice") or "auto", body.get("tools") or []
     if any(tool["type"] != "function" for tool in tools):
         raise Refused("only tools of type function are supported", code="unsupported_value", param="tools")
-    if choice == "none":
-        return []
-    return tools
+    if isinstance(choice, Mapping):
+        if choice["type"] != "function":
+            raise Refused("tool_choice names a function", code="unsupported_value", param="tool_choice")
+        choice = choice["function"]["name"]
+    return ([] if choice == "none" else tools), choice
 
 
 def read_options(house: House, body: Mapping[str, Any], who: str, audio: bool) -> Options:

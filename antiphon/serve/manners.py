@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from antiphon.generate import Options
+from antiphon.serve.calls import guide_of
 from antiphon.serve.happenings import Manner
 from antiphon.serve.house import House
 from antiphon.serve.refusals import Refused
@@ -30,7 +31,10 @@ VAD: Config = {
 }
 PCM: Config = {"type": "audio/pcm", "rate": WIRE_RATE}
 INPUT: Config = {"format": PCM, "transcription": None, "noise_reduction": None, "turn_detection": VAD}
-SETTABLE = ("output_modalities", "instructions", "tools", "tool_choice", "max_output_tokens", "truncation", "include")
+SETTABLE = (
+    *("output_modalities", "instructions", "tools", "tool_choice", "parallel_tool_calls", "max_output_tokens"),
+    *("truncation", "include"),
+)
 IDLE_MS = (1000, 300_000)
 LONGEST_RETENTION = 0.9
 
@@ -50,6 +54,7 @@ def first_config(house: House, id: str, model: str, kind: str) -> Config:
         "instructions": "",
         "tools": [],
         "tool_choice": "auto",
+        "parallel_tool_calls": True,
         "max_output_tokens": "inf",
         "truncation": "auto",
     }
@@ -101,12 +106,15 @@ def manner_of(house: House, who: str, config: Config) -> Manner:
     said = config["audio"]["output"]
     if said["speed"] not in (None, 1, 1.0):
         raise Refused("the model speaks at its own speed; leave it at 1", param="session.audio.output.speed")
+    tools, choice = tuple(map(_tool, config["tools"] or ())), _choice(config["tool_choice"])
+    options = options_of(house, who, config["output_modalities"], said["voice"], config["max_output_tokens"])
+    guide = guide_of(house.model.tokenizer, tools, choice, config["parallel_tool_calls"], "session.tool_choice")
     return replace(
         manner,
         instructions=config["instructions"] or None,
-        tools=tuple(map(_tool, config["tools"] or ())),
-        choice=_choice(config["tool_choice"]),
-        options=options_of(house, who, config["output_modalities"], said["voice"], config["max_output_tokens"]),
+        tools=tools,
+        choice=choice,
+        options=replace(options, guide=guide),
         said_as=_format(said["format"], "output"),
         retention=_retention(config["truncation"]),
     )

@@ -16,6 +16,7 @@ import secrets
 import time
 import typing
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from openai.types import realtime as wire
@@ -178,7 +179,7 @@ class Session:
             modalities: Sequence[str] = wanted.output_modalities or config["output_modalities"]
             most = wanted.max_output_tokens or config["max_output_tokens"]
             named = voice.id if isinstance(voice, BaseModel) else voice  # type: ignore[attr-defined]
-            options = options_of(self.house, self.who, [*modalities], named, most)
+            options = replace(options_of(self.house, self.who, [*modalities], named, most), guide=options.guide)
         beside = wanted.conversation == "none"
         answer = Answer(new_id("resp"), options, not beside, wanted.metadata)
         if wanted.input is None and not beside:
