@@ -133,6 +133,7 @@ CHARACTER = Either(  # of a string: UTF-8, and no control characters
         (Word(b"\xed"), _bytes((0x80, 0x9F)), TAIL),
         (Word(b"\xf0"), _bytes((0x90, 0xBF)), TAIL, TAIL),
         (_bytes((0xF1, 0xF3)), TAIL, TAIL, TAIL),
+        (Word(b"\xf4"), _bytes((0x80, 0x8F)), TAIL, TAIL),
         (Word(b"\\"), OneOf(frozenset(b'"\\/bfnrt'))),
         (Word(b"\\u"), *[_bytes((0x30, 0x39), (0x41, 0x46), (0x61, 0x66))] * 4),
     )
