@@ -5,14 +5,15 @@ Shapes: N samples.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 
 from antiphon.audio import Resampler, Samples
@@ -103,19 +104,21 @@ class Silero:
         self._held = np.concatenate([self._held, x])
         while len(self._held) >= CONTEXT + WINDOW:
             given = {"input": self._held[None, : CONTEXT + WINDOW], "state": self._state, "sr": np.array(RATE)}
-            speech, state = self._model.run(None, given)
+            speech, state = self._model(given)
             self.speech, self._state = float(np.asarray(speech)[0, 0]), np.asarray(state, np.float32)
             self._held = self._held[WINDOW:]
         return self.speech
 
 
 @cache
-def silero_model() -> onnxruntime.InferenceSession:
+def silero_model() -> Callable[[Mapping[str, Any]], Sequence[Any]]:
     """The model in silero-vad's wheel, without its package, which would ask for more.
 
     Raises:
         InputError: it is not installed.
     """
+    import onnxruntime
+
     found = find_spec("silero_vad")
     if found is None or found.origin is None:
         raise InputError("voice activity detection needs pip install 'antiphon[serve]'")
@@ -123,4 +126,5 @@ def silero_model() -> onnxruntime.InferenceSession:
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
     path = Path(found.origin).parent / "data" / "silero_vad_16k_op15.onnx"
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda given: session.run(None, given)
