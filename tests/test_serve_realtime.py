@@ -1,5 +1,6 @@
 """Realtime over the wire: the events in their order, turns, barge-in, tools, what is refused, and coming back."""
 
+import asyncio
 import base64
 import json
 from collections.abc import Iterator
@@ -8,15 +9,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor
 from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
+from websockets.typing import Origin, Subprotocol
 
 from antiphon.audio import from_pcm16, read_audio
+from antiphon.engine import Call
+from antiphon.engine.call import Turn
+from antiphon.engine.lanes import Speaking
 from antiphon.generate import collect
 from antiphon.serve.settings import Settings
 from antiphon.serve.sounds import WireOut, from_wire
 from antiphon.train.dialog import TOOLS
 from antiphon.transcripts import transcribe
-from tests.realtime_line import Line, at_24k, line, quiet, sound_of, text_of, types
+from tests.realtime_line import at_24k, line, quiet, sound_of, text_of, types
 from tests.serving import Served, engine, serving, tiny, until
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -131,8 +138,6 @@ def test_the_server_hears_when_a_turn_is_over_and_answers(server):
 
 def test_a_guessed_answer_is_the_answer(server, monkeypatch):
     """The answer was begun in the pause; the turn that the guess heard is the one that is answered."""
-    from antiphon.engine import Call
-
     taken: list[bool] = []
     take_over = Call._take_over
 
@@ -201,23 +206,15 @@ def test_a_function_is_called_and_its_result_answered(server):
 # ------------------------------------------------------------------------------------------- being cut off
 
 
-def long_answer(c: Line) -> None:
-    """An answer that is long enough to be interrupted."""
-    c.send("response.create", response={"max_output_tokens": 60})
-
-
 def make_talkative(monkeypatch: pytest.MonkeyPatch) -> None:
     """The Talker does not come to its end by itself."""
-    from antiphon.engine.lanes import Speaking
+    give = Speaking.give
 
-    speaking = Speaking.first_codes
-
-    def endless(self: Speaking, calls: Any, turns: Any) -> Any:
-        hidden, code = speaking(self, calls, turns)
+    def endless(self: Speaking, call: Call, turn: Turn, codes: Tensor, *rest: Tensor) -> None:
         stop = self.speech.talker.config.codec_eos_token_id
-        return hidden, code.masked_fill(code == stop, 5)
+        give(self, call, turn, codes.masked_fill(codes == stop, 5), *rest)
 
-    monkeypatch.setattr(Speaking, "first_codes", endless)
+    monkeypatch.setattr(Speaking, "give", endless)
 
 
 def test_who_speaks_interrupts_and_the_answer_is_cut_to_what_was_heard(server, monkeypatch):
@@ -546,18 +543,13 @@ def test_a_stopped_server_finishes_its_sentence():
 
 
 def test_pages_of_others_may_not_open_one(server):
-    from websockets.sync.client import connect
-
     with pytest.raises(InvalidStatus, match="403"):
-        connect(f"ws://{server.host}/v1/realtime?model=tiny", origin="http://evil.example")  # type: ignore[arg-type]
+        connect(f"ws://{server.host}/v1/realtime?model=tiny", origin=Origin("http://evil.example"))
     with pytest.raises(InvalidStatus, match="404"):
         connect(f"ws://{server.host}/v1/realtime?model=other")
 
 
 def test_a_browser_gives_its_key_as_a_subprotocol():
-    from websockets.sync.client import connect
-    from websockets.typing import Subprotocol
-
     with serving(Settings(keys=("secret",))) as served:
         offered = [Subprotocol("realtime"), Subprotocol("openai-insecure-api-key.secret")]
         with connect(f"ws://{served.host}/v1/realtime?model=tiny", subprotocols=offered) as socket:
@@ -585,8 +577,6 @@ async def _openai_turn(server: Served) -> tuple[str, int]:
 
 
 def test_openais_own_client_holds_a_conversation(server):
-    import asyncio
-
     text, sound = asyncio.run(_openai_turn(server))
     assert text
     assert sound > 3840
