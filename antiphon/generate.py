@@ -24,6 +24,7 @@ from antiphon.binding import bound
 from antiphon.chat import ToolCall, parse_tool_calls
 from antiphon.conversation import Answer, Conversation
 from antiphon.errors import AudioError, InputError
+from antiphon.guide import Guide
 from antiphon.messages import parts_of, text_of
 from antiphon.metrics import Phases, Span
 from antiphon.model import Boxes
@@ -87,8 +88,8 @@ class Options:
     """How to answer.
 
     `voice` is a name, or a vector [W] of `Omni.clone`; None is the checkpoint's first voice. `audio` False is text
-    only; `verbatim` speaks every token, tool calls and markdown included. A limit that is reached shows as finish =
-    "length".
+    only; `verbatim` speaks every token, tool calls and markdown included; `guide` holds tool calls to what was
+    declared. A limit that is reached shows as finish = "length".
     """
 
     voice: str | Tensor | None = None
@@ -100,6 +101,7 @@ class Options:
     speech: Sampling = TALKER
     residual: Sampling = MTP
     verbatim: bool = False
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(Options).items():
@@ -302,9 +304,14 @@ class Thought(Iterator[int]):
         assert session.hidden is not None
         logits = model.thinker.logits(session.hidden)
         session.note("thinker_logits", logits)
-        token = choose(logits, self.options.text, self.key)
+        token = choose(self.guided(logits), self.options.text, self.key)
         session.note("text_ids", token)
         return int(token)
+
+    def guided(self, logits: Tensor) -> Tensor:
+        """Scores [1, V] of the next token; what must not come has none."""
+        guide = self.options.guide
+        return logits if guide is None else guide.masked(self.ids, logits)
 
     @property
     def key(self) -> NoiseKey:

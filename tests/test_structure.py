@@ -23,7 +23,7 @@ ORDER: list[set[str]] = [
     {"config_json", "streaming", "sampling", "metrics"},
     {"tokenizer"},
     {"chat"},
-    {"audio", "layers", "spoken"},
+    {"audio", "layers", "spoken", "guide"},
     {"messages", "aut", "thinker", "talker", "mtp", "code2wav", "codec", "speaker", "turn"},
     {"model"},
     {"weights"},

@@ -106,6 +106,7 @@ class Answering:
     def __init__(self, wake: Callable[[], None]) -> None:
         self._events = queue.SimpleQueue[Event | Failed]()
         self._wake = wake
+        self.notify: Callable[[], None] = lambda: None  # called, in a thread of the engine, when there is an event
         self.asked_at = 0.0  # on the engine's clock
         self.cancelled = False  # before it began
         self.limit = KEPT_FRAMES  # of frames that wait to be taken; then the answer waits too
@@ -120,6 +121,7 @@ class Answering:
         """One more event."""
         self._given += isinstance(event, AudioDelta)
         self._events.put(event)
+        self.notify()
 
     def take(self, timeout: float | None = None) -> Event | Failed:
         """The next event.
@@ -277,7 +279,7 @@ class Call:
     def __init__(self, session: EngineSession, name: str, house: House) -> None:
         self.session, self.name, self._house = session, name, house
         self.wishes = deque[Wish]()
-        self.is_guess = False  # a fork that nobody has asked for
+        self.is_guess = False  # stepped after all others, in nobody's place: what nobody has asked for, or not in time
         self._guess: Guess | None = None  # an answer that was begun in case it is asked for
         self._asked: list[Answering] = []  # answers that were asked for and have not begun
         self.reading: deque[Chunk] = deque()  # for the Thinker, which has not come to it
@@ -373,6 +375,11 @@ class Call:
         """A fork of the session, for `Engine.adopt`."""
         return self._wish(self.session.copy, settled=True)
 
+    def become(self, session: EngineSession) -> Future[None]:
+        """Go on as another session (of `Engine.begun`), in the same place: for who has to tell a conversation anew."""
+        self._forget()
+        return self._wish(lambda: self._become(session), settled=True)
+
     def cancel(self) -> None:
         """Stop the answer that is being given or was asked for, within a frame; it ends with finish = "cancelled"."""
         self._forget()
@@ -427,6 +434,9 @@ class Call:
             self.wishes.append(wish)
             self._house.wake()
         return wish.done
+
+    def _become(self, session: EngineSession) -> None:
+        self.session = session
 
     def _begin(
         self, events: Answering, options: Options | None, ahead: float | None, changes: Mapping[str, Any]

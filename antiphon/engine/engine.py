@@ -68,30 +68,33 @@ class Engine:
         tools: Sequence[Mapping[str, Any]] = (),
         window: int | None = None,
         retention: float | None = RETENTION,
+        aside: bool = False,
     ) -> Call:
         """A new conversation; it forgets its oldest turns rather than come to an end, unless `retention` is None.
+
+        One that is `aside` is stepped after all others and takes nobody's place.
 
         Raises:
             BusyError: there are as many as the machine keeps in time.
             InputError: a window, tools or a retention of another form.
         """
-        session = self._begun(system, tools, window)
-        session.retention = retention
-        return self.adopt(session)
+        return self.adopt(self.begun(system, tools, window, retention), aside)
 
-    def adopt(self, session: EngineSession) -> Call:
+    def adopt(self, session: EngineSession, aside: bool = False) -> Call:
         """A conversation that goes on: a fork of another (`Call.copy`), or one that `load` read.
 
         Raises:
             BusyError: there are as many as the machine keeps in time.
         """
         with self._changed:
-            if self.capacity is not None and sum(not call.is_guess for call in self.calls) >= self.capacity:
+            taken = sum(not call.is_guess for call in self.calls)
+            if self.capacity is not None and taken >= self.capacity and not aside:
                 raise BusyError(self.capacity, RETRY)
             for lane in self.lanes:
                 lane.take_in(session)
             self._opened += 1
             call = Call(session, f"call {self._opened}", self)
+            call.is_guess = aside
             self.calls = [*self.calls, call]
         return call
 
@@ -116,10 +119,28 @@ class Engine:
         """
         return self.adopt(EngineSession.load(self.model, path))
 
-    def _begun(self, system: str | None, tools: Sequence[Mapping[str, Any]], window: int | None) -> EngineSession:
-        """A session whose system turn has been read: a copy of the first that began so."""
+    def begun(
+        self,
+        system: str | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        window: int | None = None,
+        retention: float | None = RETENTION,
+    ) -> EngineSession:
+        """A session whose system turn has been read, for `adopt` or `Call.become`.
+
+        Raises:
+            InputError: a window, tools or a retention of another form.
+        """
+        fresh = EngineSession(self.model, window=window, retention=retention)  # checks what it is given
         if system is None and not tools:
-            return EngineSession(self.model, window=window)
+            return fresh
+        begun = self._first_that_began(system, tools, window).copy()
+        begun.retention = retention
+        return begun
+
+    def _first_that_began(
+        self, system: str | None, tools: Sequence[Mapping[str, Any]], window: int | None
+    ) -> EngineSession:
         key = (system, json.dumps(list(tools), sort_keys=True, default=repr), window)
         with self._changed:
             known = self._prefixes.get(key)
@@ -131,7 +152,7 @@ class Engine:
             self._prefixes.move_to_end(key)
             while len(self._prefixes) > PREFIXES:
                 self._prefixes.popitem(last=False)
-        return known.copy()
+        return known
 
     # ------------------------------------------------------------------------------------- its life
 

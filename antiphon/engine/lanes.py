@@ -273,6 +273,8 @@ class Thinking(Lane):
         states = torch.cat([call.session.hidden for call in calls if call.session.hidden is not None])
         logits = self.model.thinker.logits(padded_rows(states)[0])[: len(calls)]
         turns = [turn for call in calls if (turn := call.turn)]
+        if any(turn.thought.options.guide for turn in turns):
+            logits = torch.cat([turn.thought.guided(row[None]) for turn, row in zip(turns, logits, strict=True)])
         tokens = choose_each(logits, [t.thought.options.text for t in turns], [t.thought.key for t in turns])
         for turn, token in zip(turns, tokens.tolist(), strict=True):
             turn.take(token)

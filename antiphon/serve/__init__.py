@@ -1,0 +1,1 @@
+"""The server: OpenAI's HTTP and Realtime protocols over the engine."""

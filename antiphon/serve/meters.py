@@ -1,0 +1,71 @@
+"""What a monitor reads at /metrics."""
+
+from __future__ import annotations
+
+import time
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from antiphon.generate import AudioDelta, Done, Event, TextDelta
+
+BUCKETS = (0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5, 0.8, 1.2, 2.0, 3.0, 5.0, 10.0, 30.0)
+GRACE = 0.08  # seconds that a player holds back: a packet after that is late
+
+
+class Meters:
+    """Counters of one server."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.phases = Histogram(
+            "antiphon_turn_seconds",
+            "Seconds by phase of a turn: first_text, first_audio and total since it was asked for, aut in all",
+            ["phase"],
+            buckets=BUCKETS,
+            registry=self.registry,
+        )
+        self.conversations = Gauge("antiphon_conversations", "Conversations being held", registry=self.registry)
+        self.sessions = Gauge("antiphon_realtime_sessions", "Realtime sessions", registry=self.registry)
+        self.packets = Counter("antiphon_packets", "Packets of sound sent", registry=self.registry)
+        self.late = Counter("antiphon_packets_late", "Of these, after a player needed them", registry=self.registry)
+        self.refusals = Counter("antiphon_refusals", "Requests refused", ["reason"], registry=self.registry)
+        self.requests = Counter("antiphon_requests", "Requests", ["path", "status"], registry=self.registry)
+
+    def text(self) -> bytes:
+        """All of it, as Prometheus reads it."""
+        return generate_latest(self.registry)
+
+
+class Listening:
+    """The clock of who listens to one answer."""
+
+    def __init__(self, meters: Meters, frame_seconds: float) -> None:
+        self.meters, self.frame_seconds = meters, frame_seconds
+        self.asked = time.perf_counter()
+        self.marks: dict[str, float] = {}  # seconds since it was asked for
+        self.frames = 0
+
+    @property
+    def played(self) -> float:
+        """Seconds of its sound that have been heard by now, if it is played as it comes."""
+        if "first_audio" not in self.marks:
+            return 0.0
+        since = time.perf_counter() - self.asked - self.marks["first_audio"]
+        return min(since, self.frames * self.frame_seconds)
+
+    def note(self, event: Event) -> None:
+        """One more event of the answer has come."""
+        now = time.perf_counter() - self.asked
+        if isinstance(event, TextDelta):
+            self.marks.setdefault("first_text", now)
+        elif isinstance(event, AudioDelta):
+            begun = self.marks.setdefault("first_audio", now)
+            self.meters.packets.inc()
+            self.meters.late.inc(now > begun + self.frames * self.frame_seconds + GRACE)
+            self.frames += 1
+        elif isinstance(event, Done):
+            self.marks["total"] = now
+            if "aut" in event.reply.timings:
+                self.marks["aut"] = event.reply.timings["aut"]
+            for phase, seconds in self.marks.items():
+                self.meters.phases.labels(phase).observe(seconds)

@@ -1,0 +1,321 @@
+"""WS /v1/realtime: OpenAI's Realtime protocol over a Talk.
+
+    client ──event──> Session.read ──> Talk ──Happening──> Scribe ──event──> outbox ──> client
+
+A session outlives its connection for a minute: `session.id` and the token in `session.antiphon` let a client come back
+to it (?session_id=…&resume_token=…), and what was not sent until then is sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import secrets
+import time
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from openai.types import realtime as wire
+from openai.types.realtime import realtime_client_event
+from openai.types.realtime.conversation_created_event import Conversation
+from pydantic import BaseModel, ValidationError
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from antiphon.engine.engine import LIVE_WINDOW
+from antiphon.errors import BusyError
+from antiphon.serve.happenings import Answer, Happening, Problem
+from antiphon.serve.house import House, house_of
+from antiphon.serve.logs import note
+from antiphon.serve.manners import Config, first_config, manner_of, merged, options_of
+from antiphon.serve.refusals import Refused, refusal
+from antiphon.serve.scribe import Scribe, problem, read_item, read_items, read_sound
+from antiphon.serve.sounds import from_wire
+from antiphon.serve.talk import Talk
+from antiphon.serve.wire import as_json, new_id, parsed, wrong_field
+
+OUTBOX = 256  # events that wait for a client; then the conversation waits
+GOING_AWAY, NORMAL = 1001, 1000  # why a WebSocket is closed
+KINDS: Mapping[str, type[BaseModel]] = {
+    typing.get_args(kind.model_fields["type"].annotation)[0]: kind
+    for kind in typing.get_args(typing.get_args(realtime_client_event.RealtimeClientEvent)[0])
+}
+
+
+class Session:
+    """One client's session, whichever connection it comes by."""
+
+    def __init__(self, house: House, who: str, model: str, kind: str) -> None:
+        self.house, self.who = house, who
+        self.id, self.token = new_id("sess"), secrets.token_urlsafe(24)
+        self.config: Config = first_config(house, self.id, model, kind)
+        self.scribe = Scribe(new_id("conv"))
+        self.outbox = asyncio.Queue[str](OUTBOX)
+        self.ending = asyncio.Event()  # the server is being stopped
+        self.lost_at: float | None = None  # when its connection went
+        self._talk: Talk | None = None
+
+    @property
+    def talk(self) -> Talk:
+        """The conversation, once it is open."""
+        assert self._talk is not None
+        return self._talk
+
+    async def open(self) -> None:
+        """Take a place in the engine.
+
+        Raises:
+            BusyError: there is none.
+        """
+        manner = manner_of(self.house, self.who, self.config)
+        call = await asyncio.to_thread(lambda: self.house.engine.open(window=LIVE_WINDOW))
+        self._talk = Talk(self.house, call, manner, self.who, self._happened)
+        self.house.endings.add(self.ending.set)
+
+    async def begin(self) -> None:
+        """Tell the client where it is."""
+        await self.send(self._about(wire.SessionCreatedEvent, "session.created"))
+        conversation = Conversation(id=self.scribe.conversation, object="realtime.conversation")
+        kind = "conversation.created"
+        await self.send(wire.ConversationCreatedEvent(type=kind, event_id=new_id("event"), conversation=conversation))
+
+    def close(self) -> None:
+        """Leave."""
+        if self._talk is not None:
+            self._talk.close()
+        self.house.endings.discard(self.ending.set)
+
+    async def send(self, event: BaseModel) -> None:
+        """Put an event into the outbox."""
+        await self.outbox.put(as_json(event))
+
+    async def _happened(self, happening: Happening) -> None:
+        if isinstance(happening, Problem) and refusal(happening.error).status == 500:
+            note("failed", level=logging.ERROR, error=happening.error, id=self.id)
+        for event in self.scribe.write(happening):
+            await self.send(event)
+
+    def _about(self, event: type[wire.SessionCreatedEvent | wire.SessionUpdatedEvent], kind: Any) -> BaseModel:
+        resume = {"resume_token": self.token, "resume_seconds": self.house.settings.resume_seconds}
+        session = self.config | {"antiphon": resume}
+        return event.model_validate({"type": kind, "event_id": new_id("event"), "session": session})
+
+    # ------------------------------------------------------------------------------------- what clients say
+
+    async def read(self, text: str | None) -> None:
+        """One message of the client; what is wrong with it is told, and the session goes on."""
+        event_id = None
+        try:
+            if text is None:
+                raise Refused("events are text messages of JSON, not binary ones", code="invalid_json")
+            raw = parsed(text)
+            event_id = raw["event_id"] if isinstance(raw.get("event_id"), str) else None
+            await self._do(raw)
+        except Exception as error:
+            told = refusal(error)
+            if told.status == 500:
+                note("failed", level=logging.ERROR, error=error, id=self.id)
+            self.house.meters.refusals.labels(told.code or "error").inc()
+            await self.send(problem(told, event_id))
+
+    async def _do(self, raw: dict[str, Any]) -> None:
+        """One event.
+
+        Raises:
+            Refused, AntiphonError: it is not done.
+        """
+        kind = raw.get("type")
+        if not isinstance(kind, str) or kind not in KINDS:
+            raise Refused(f"there is no event of type {kind!r}"[:200], code="unknown_event", param="type")
+        try:
+            event = KINDS[kind].model_validate(raw)
+        except ValidationError as error:
+            raise wrong_field(error) from None
+        talk = self.talk
+        match event:
+            case wire.InputAudioBufferAppendEvent():
+                await talk.hear(from_wire(talk.manner.heard_as, read_sound(event.audio, "audio")))
+            case wire.InputAudioBufferCommitEvent():
+                await talk.commit()
+            case wire.InputAudioBufferClearEvent():
+                await talk.clear()
+            case wire.SessionUpdateEvent():
+                await self._update(raw["session"])
+            case wire.ConversationItemCreateEvent():
+                await talk.create(read_item(event.item, talk.manner.heard_as), event.previous_item_id)
+            case wire.ConversationItemRetrieveEvent():
+                await talk.retrieve(event.item_id)
+            case wire.ConversationItemTruncateEvent():
+                await talk.truncate(event.item_id, event.audio_end_ms)
+            case wire.ConversationItemDeleteEvent():
+                await talk.delete(event.item_id)
+            case wire.ResponseCreateEvent():
+                await self._respond(event.response or wire.RealtimeResponseCreateParams())
+            case wire.ResponseCancelEvent():
+                await talk.cancel(event.response_id)
+            case _:
+                raise Refused(f"{kind} is for WebRTC and SIP", code="unsupported_event", param="type")
+
+    async def _update(self, update: Mapping[str, Any]) -> None:
+        config = merged(self.config, update)
+        manner = manner_of(self.house, self.who, config)
+        self.config = config
+        await self.talk.configure(manner)
+        await self.send(self._about(wire.SessionUpdatedEvent, "session.updated"))
+
+    async def _respond(self, wanted: wire.RealtimeResponseCreateParams) -> None:
+        talk, config = self.talk, self.config
+        if not talk.manner.answers:
+            raise Refused("a transcription session gives no answers", code="invalid_value", param="type")
+        if wanted.tools is not None or wanted.tool_choice is not None or wanted.prompt is not None:
+            raise Refused("tools of one answer are not supported; set them in session.update", code="unsupported_value")
+        output = wanted.audio.output if wanted.audio else None
+        voice = output.voice if output and output.voice else config["audio"]["output"]["voice"]
+        options = talk.manner.options
+        if wanted.output_modalities or wanted.max_output_tokens or (output and output.voice):
+            modalities: Sequence[str] = wanted.output_modalities or config["output_modalities"]
+            most = wanted.max_output_tokens or config["max_output_tokens"]
+            named = voice.id if isinstance(voice, BaseModel) else voice  # type: ignore[attr-defined]
+            options = replace(options_of(self.house, self.who, [*modalities], named, most), guide=options.guide)
+        beside = wanted.conversation == "none"
+        answer = Answer(new_id("resp"), options, not beside, wanted.metadata)
+        if wanted.input is None and not beside:
+            await talk.respond(answer, wanted.instructions)
+        else:
+            answer.in_conversation = False
+            items = talk.items if wanted.input is None else read_items(wanted.input, talk.manner.heard_as)
+            await talk.respond_aside(answer, items, wanted.instructions)
+
+
+class Lobby:
+    """All sessions of a server: who has one, and who may come back to one."""
+
+    def __init__(self, house: House) -> None:
+        self.house = house
+        self.sessions: dict[str, Session] = {}
+        self._losing = set[asyncio.Task[None]]()
+        house.meters.sessions.set_function(lambda: len(self.sessions))
+
+    async def enter(self, who: str, model: str, kind: str) -> Session:
+        """A new session.
+
+        Raises:
+            Refused, BusyError: this key has as many as it may, or the engine has.
+        """
+        most = self.house.settings.sessions
+        if sum(session.who == who for session in self.sessions.values()) >= most and not self._let_go(who):
+            raise Refused(f"there are {most} sessions of this key; close one first", 429, "too_many_sessions")
+        session = Session(self.house, who, model, kind)
+        try:
+            await session.open()
+        except BusyError:
+            if not self._let_go(None):
+                raise
+            await asyncio.sleep(0.1)  # until the engine has swept it
+            await session.open()
+        self.sessions[session.id] = session
+        return session
+
+    def come_back(self, who: str, id: str, token: str) -> Session:
+        """A session whose connection was lost.
+
+        Raises:
+            Refused: there is none, or not any more.
+        """
+        session = self.sessions.get(id)
+        known = session is not None and session.who == who and hmac.compare_digest(session.token, token)
+        if session is None or not known or session.lost_at is None:
+            raise Refused("there is no session to come back to", 404, "session_not_found", "session_id")
+        session.lost_at = None
+        return session
+
+    def leave(self, session: Session) -> None:
+        """End a session."""
+        if self.sessions.pop(session.id, None) is not None:
+            session.close()
+
+    def lose(self, session: Session) -> None:
+        """Keep a session for its client to come back to, for a while."""
+        task = asyncio.create_task(self._wait_for(session))
+        self._losing.add(task)
+        task.add_done_callback(self._losing.discard)
+
+    async def _wait_for(self, session: Session) -> None:
+        session.lost_at = lost_at = time.monotonic()
+        await asyncio.sleep(self.house.settings.resume_seconds)
+        if session.lost_at == lost_at:
+            self.leave(session)
+
+    def _let_go(self, who: str | None) -> bool:
+        """End the session that was lost first, to make room; whether there was one."""
+        lost = [s for s in self.sessions.values() if s.lost_at is not None and who in (None, s.who)]
+        for session in sorted(lost, key=lambda s: s.lost_at or 0.0)[:1]:
+            self.leave(session)
+            return True
+        return False
+
+
+async def realtime(socket: WebSocket) -> None:
+    """The endpoint."""
+    house, asked, who = house_of(socket), socket.query_params, socket.state.who
+    lobby: Lobby = socket.app.state.lobby
+    if "session_id" in asked:
+        session = lobby.come_back(who, asked["session_id"], asked.get("resume_token", ""))
+    else:
+        kind = "transcription" if asked.get("intent") == "transcription" else "realtime"
+        session = await lobby.enter(who, house.check_model(asked.get("model")), kind)
+        await session.begin()
+    offered = [name.strip() for name in socket.headers.get("sec-websocket-protocol", "").split(",")]
+    await socket.accept("realtime" if "realtime" in offered else None)
+    note("realtime", id=socket.state.request_id, session=session.id)
+    left = await converse(socket, session, house.settings.idle_seconds)
+    if left is None and not house.stopping and house.settings.resume_seconds:
+        lobby.lose(session)
+        return
+    lobby.leave(session)
+    if socket.application_state is WebSocketState.CONNECTED and left is not None:
+        with contextlib.suppress(RuntimeError, WebSocketDisconnect):
+            await socket.close(*left)
+
+
+async def converse(socket: WebSocket, session: Session, idle: float) -> tuple[int, str] | None:
+    """Read and write until one side ends it: how to close, or None where the connection is gone.
+
+    A client that closes in order (1000) has ended the session.
+    """
+    reading = asyncio.create_task(_read(socket, session, idle))
+    writing = asyncio.create_task(_write(socket, session))
+    ending = asyncio.create_task(session.ending.wait())
+    tasks = (reading, writing, ending)
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if ending.done():
+            await session.talk.finish()
+            while not session.outbox.empty() and not writing.done():
+                await asyncio.sleep(0.01)
+            return GOING_AWAY, "the server is being stopped"
+        return reading.result() if reading.done() else None
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _read(socket: WebSocket, session: Session, idle: float) -> tuple[int, str] | None:
+    while True:
+        try:
+            message = await asyncio.wait_for(socket.receive(), idle)
+        except TimeoutError:
+            return NORMAL, f"nothing was said for {idle:g} seconds"
+        if message["type"] == "websocket.disconnect":
+            return (NORMAL, "") if message.get("code") == NORMAL else None
+        await session.read(message.get("text"))
+
+
+async def _write(socket: WebSocket, session: Session) -> None:
+    with contextlib.suppress(WebSocketDisconnect, RuntimeError):
+        while True:
+            await socket.send_text(await session.outbox.get())

@@ -1,0 +1,582 @@
+"""Realtime over the wire: the events in their order, turns, barge-in, tools, what is refused, and coming back."""
+
+import asyncio
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
+from websockets.typing import Origin, Subprotocol
+
+from antiphon.audio import from_pcm16, read_audio
+from antiphon.engine import Call
+from antiphon.engine.call import Turn
+from antiphon.engine.lanes import Speaking
+from antiphon.generate import collect
+from antiphon.serve.settings import Settings
+from antiphon.serve.sounds import WireOut, from_wire
+from antiphon.train.dialog import TOOLS
+from antiphon.transcripts import transcribe
+from tests.realtime_line import at_24k, line, quiet, sound_of, text_of, types
+from tests.serving import Served, engine, serving, tiny, until
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+PUSH_TO_TALK: Any = {"input": {"turn_detection": None}}
+IMAGE = {"type": "message", "role": "user", "content": [{"type": "input_image", "image_url": "x"}]}
+ANSWER = [
+    "response.output_item.added",
+    "conversation.item.added",
+    "response.content_part.added",
+    "response.output_audio_transcript.delta",
+    "response.output_audio.delta",
+    "response.output_audio.done",
+    "response.output_audio_transcript.done",
+    "response.content_part.done",
+    "response.output_item.done",
+    "conversation.item.done",
+    "response.done",
+]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Served]:
+    with serving() as served:
+        yield served
+
+
+def in_order(expected: list[str], seen: list[str]) -> None:
+    """Each of `expected` comes first at a later place than the one before."""
+    places = [seen.index(name) for name in expected]
+    assert places == sorted(places), seen
+
+
+def test_a_text_turn_is_answered_aloud_event_by_event(server):
+    with line(server) as c:
+        assert types(c.events) == ["session.created", "conversation.created"]
+        assert c.events[0]["session"]["audio"]["output"]["format"] == {"type": "audio/pcm", "rate": 24000}
+        c.say("What is three plus four?")
+        added = c.until("conversation.item.done")
+        assert types(added) == ["conversation.item.added", "conversation.item.done"]
+        c.send("response.create", response={"metadata": {"n": "1"}})
+        events = c.until("response.done")
+        assert events[0]["type"] == "response.created"
+        assert events[0]["response"]["metadata"] == {"n": "1"}
+        in_order(["response.created", *ANSWER], types(events))
+        response = events[-1]["response"]
+        said = tiny().generate([{"role": "user", "content": "What is three plus four?"}], window=2)
+        assert response["status"] == "completed"
+        assert text_of(events) == said.text == response["output"][0]["content"][0]["transcript"]
+        np.testing.assert_allclose(from_pcm16(sound_of(events)), said.audio.clip(-1, 1), atol=1e-3)
+        assert response["usage"]["output_token_details"] == {
+            "text_tokens": len(said.text_ids),
+            "audio_tokens": len(said.codes),
+        }
+        assert c.next()["type"] == "rate_limits.updated"
+
+
+def test_push_to_talk_hears_the_question(server):
+    question = at_24k(EXAMPLES / "question.wav")
+    with line(server) as c:
+        updated = c.update(audio={"input": {"turn_detection": None, "transcription": {"model": "whisper-1"}}})
+        assert updated["session"]["audio"]["input"]["turn_detection"] is None
+        c.append(question, 17)
+        c.send("input_audio_buffer.commit")
+        events = c.until("conversation.item.input_audio_transcription.completed")
+        in_order(
+            [
+                "input_audio_buffer.committed",
+                "conversation.item.added",
+                "conversation.item.done",
+                "conversation.item.input_audio_transcription.delta",
+                "conversation.item.input_audio_transcription.completed",
+            ],
+            types(events),
+        )
+        item = events[0]["item_id"]
+        assert {event["item_id"] for event in events if "item_id" in event} == {item}
+        assert events[-1]["transcript"] == transcribe(tiny(), question, 24000).text
+        c.send("response.create")
+        events = c.until("response.done")
+        session = tiny().session(window=2)
+        session.append_audio(question, 24000)
+        assert text_of(events) == collect(session.respond(audio=False)).text
+        c.send("conversation.item.retrieve", item_id=item)
+        sound = c.last("conversation.item.retrieved")["item"]["content"][0]["audio"]
+        np.testing.assert_allclose(from_pcm16(base64.b64decode(sound)), question, atol=1e-3)
+
+
+def test_the_server_hears_when_a_turn_is_over_and_answers(server):
+    question = at_24k(EXAMPLES / "question.wav")
+    with line(server) as c:
+        c.append(np.concatenate([quiet(0.7), question, quiet(1.2)]), 60)
+        events = c.until("response.done")
+        in_order(
+            [
+                "input_audio_buffer.speech_started",
+                "input_audio_buffer.speech_stopped",
+                "input_audio_buffer.committed",
+                "conversation.item.added",
+                "response.created",
+                "response.output_item.added",
+                "response.output_audio.delta",
+                "response.done",
+            ],
+            types(events),
+        )
+        started, stopped = events[0], events[1]
+        assert 300 < started["audio_start_ms"] < 1100
+        assert 0 < stopped["audio_end_ms"] - 1000 * (0.7 + len(question) / 24000) < 1000
+        assert events[-1]["response"]["status"] == "completed"
+        assert sound_of(events)
+
+
+def test_a_guessed_answer_is_the_answer(server, monkeypatch):
+    """The answer was begun in the pause; the turn that the guess heard is the one that is answered."""
+    taken: list[bool] = []
+    take_over = Call._take_over
+
+    def noting(self: Call, guess: Any, *rest: Any) -> None:
+        taken.append(guess.call is not None)
+        take_over(self, guess, *rest)
+
+    monkeypatch.setattr(Call, "_take_over", noting)
+    with line(server) as c:
+        c.append(np.concatenate([quiet(0.5), at_24k(EXAMPLES / "question-zh.wav"), quiet(0.25)]), 40)
+        c.until("input_audio_buffer.speech_started")
+        until(lambda: any(call.is_guess and call.turn is not None for call in server.engine.calls))
+        c.append(quiet(0.6), 10)
+        assert c.until("response.done")[-1]["response"]["status"] == "completed"
+    assert taken == [True]
+
+
+def test_text_only(server):
+    with line(server) as c:
+        assert c.update(output_modalities=["text"])["session"]["output_modalities"] == ["text"]
+        c.say("What day is it?")
+        c.until("conversation.item.done")
+        c.send("response.create")
+        events = c.until("response.done")
+        in_order(
+            ["response.content_part.added", "response.output_text.delta", "response.output_text.done", "response.done"],
+            types(events),
+        )
+        assert not sound_of(events)
+        assert events[-1]["response"]["output"][0]["content"][0]["type"] == "output_text"
+
+
+def test_a_function_is_called_and_its_result_answered(server):
+    tools = [{"type": "function", **tool["function"]} for tool in TOOLS]
+    with line(server) as c:
+        c.update(tools=tools)
+        c.say("Set a timer for five minutes")
+        c.until("conversation.item.done")
+        c.send("response.create")
+        events = c.until("response.done")
+        in_order(
+            [
+                "response.output_item.added",
+                "response.function_call_arguments.delta",
+                "response.function_call_arguments.done",
+                "response.output_item.done",
+                "conversation.item.done",
+                "response.done",
+            ],
+            types(events),
+        )
+        call = events[-1]["response"]["output"][-1]
+        assert call["type"] == "function_call"
+        assert isinstance(json.loads(call["arguments"]), dict)
+        assert not sound_of(events), "a tool call was spoken"
+        result = {"type": "function_call_output", "call_id": call["call_id"], "output": "OK"}
+        c.send("conversation.item.create", item=result)
+        c.until("conversation.item.done")
+        c.update(tool_choice="none")
+        c.send("response.create")
+        assert text_of(c.until("response.done"))
+        c.send("conversation.item.create", item={**result, "call_id": "call_other"})
+        assert "no function was called" in c.last("error")["error"]["message"]
+
+
+# ------------------------------------------------------------------------------------------- being cut off
+
+
+def make_talkative(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Talker does not come to its end by itself."""
+    give = Speaking.give
+
+    def endless(self: Speaking, call: Call, turn: Turn, codes: Tensor, *rest: Tensor) -> None:
+        stop = self.speech.talker.config.codec_eos_token_id
+        give(self, call, turn, codes.masked_fill(codes == stop, 5), *rest)
+
+    monkeypatch.setattr(Speaking, "give", endless)
+
+
+def test_who_speaks_interrupts_and_the_answer_is_cut_to_what_was_heard(server, monkeypatch):
+    make_talkative(monkeypatch)
+    with line(server) as c:
+        c.say("What is three plus four?")
+        c.until("conversation.item.done")
+        c.send("response.create")
+        item = c.last("response.output_item.added")["item"]["id"]
+        for _ in range(6):  # 480 ms
+            c.until("response.output_audio.delta")
+        c.append(np.concatenate([quiet(0.3), at_24k(EXAMPLES / "question.wav")[:30000]]), 20)
+        c.until("input_audio_buffer.speech_started")
+        c.send("conversation.item.truncate", item_id=item, content_index=0, audio_end_ms=240)
+        events = c.until("conversation.item.truncated")
+        done = next(event for event in events if event["type"] == "response.done")
+        assert done["response"]["status"] == "cancelled"
+        assert done["response"]["status_details"]["reason"] == "turn_detected"
+        assert events[-1]["audio_end_ms"] == 240
+        c.send("conversation.item.retrieve", item_id=item)
+        kept = c.last("conversation.item.retrieved")["item"]
+        assert kept["status"] == "incomplete"
+        assert len(base64.b64decode(kept["content"][0]["audio"])) == 2 * 24 * 240
+        assert len(kept["content"][0]["transcript"]) < len(done["response"]["output"][0]["content"][0]["transcript"])
+        monkeypatch.undo()
+        c.append(np.concatenate([at_24k(EXAMPLES / "question.wav")[30000:], quiet(1.0)]), 20)
+        assert c.until("response.done")[-1]["response"]["status"] == "completed"
+
+
+def test_an_answer_is_cancelled_by_its_client(server, monkeypatch):
+    make_talkative(monkeypatch)
+    with line(server) as c:
+        c.say("What is three plus four?")
+        c.until("conversation.item.done")
+        c.send("response.create")
+        c.until("response.output_audio.delta")
+        c.send("response.create")
+        assert c.last("error")["error"]["code"] == "conversation_already_has_active_response"
+        c.send("response.cancel")
+        done = c.last("response.done")["response"]
+        assert (done["status"], done["status_details"]["reason"]) == ("cancelled", "client_cancelled")
+        c.send("response.cancel")
+        assert c.last("error")["error"]["code"] == "response_cancel_not_active"
+        monkeypatch.undo()
+        c.say("What day is it?")
+        c.send("response.create")
+        assert c.until("response.done")[-1]["response"]["status"] == "completed"
+
+
+def test_a_limit_leaves_an_answer_incomplete(server, monkeypatch):
+    make_talkative(monkeypatch)
+    with line(server) as c:
+        c.say("What is three plus four?")
+        c.send("response.create", response={"max_output_tokens": 7})
+        done = c.last("response.done")["response"]
+        assert (done["status"], done["status_details"]["reason"]) == ("incomplete", "max_output_tokens")
+        assert done["usage"]["output_token_details"]["audio_tokens"] == 7
+
+
+def test_cuts_outside_the_answer_are_refused(server):
+    with line(server) as c:
+        c.say("What day is it?")
+        user = c.last("conversation.item.done")["item"]["id"]
+        c.send("response.create")
+        item = c.last("response.done")["response"]["output"][0]["id"]
+        for id, ms in ((item, 60_000), (item, -1), (user, 0), ("item_0", 0)):
+            c.send("conversation.item.truncate", item_id=id, content_index=0, audio_end_ms=ms, event_id="e7")
+            assert c.last("error")["error"]["event_id"] == "e7"
+        c.send("conversation.item.truncate", item_id=item, content_index=0, audio_end_ms=80)
+        assert c.last("conversation.item.truncated")["audio_end_ms"] == 80
+
+
+# -------------------------------------------------------------------------------------------------- items
+
+
+def test_items_are_put_in_their_place_and_deleted(server):
+    """What the model is told is what the items say: the answer is that of the readable loop to the same messages."""
+    with line(server) as c:
+        c.say("What day is it?")
+        first = c.last("conversation.item.done")["item"]["id"]
+        c.say("What is three plus four?")
+        c.until("conversation.item.done")
+        content = [{"type": "output_text", "text": "It is Monday"}]
+        between = {"id": "mine", "type": "message", "role": "assistant", "content": content}
+        c.send("conversation.item.create", item=between, previous_item_id=first)
+        assert c.last("conversation.item.added")["previous_item_id"] == first
+        c.send("conversation.item.create", item=between)
+        assert c.last("error")["error"]["code"] == "item_create_duplicate_id"
+        c.send("response.create", response={"output_modalities": ["text"]})
+        said = text_of(c.until("response.done"))
+        three: list[dict[str, Any]] = [
+            {"role": "user", "content": "What day is it?"},
+            {"role": "assistant", "content": "It is Monday"},
+            {"role": "user", "content": "What is three plus four?"},
+        ]
+        assert said == tiny().generate(three, audio=False).text
+        for id in (first, "mine"):
+            c.send("conversation.item.delete", item_id=id)
+            assert c.last("conversation.item.deleted")["item_id"] == id
+        c.send("conversation.item.retrieve", item_id="mine")
+        assert c.last("error")["error"]["code"] == "item_retrieve_invalid_item_id"
+        c.say("What day is it?")
+        c.send("response.create", response={"output_modalities": ["text"]})
+        asked = [three[2], {"role": "assistant", "content": said}, three[0]]
+        assert text_of(c.until("response.done")) == tiny().generate(asked, audio=False).text
+
+
+def test_instructions_change_in_the_middle(server):
+    with line(server) as c:
+        c.say("What is three plus four?")
+        c.until("conversation.item.done")
+        c.update(instructions="You are brief.", output_modalities=["text"])
+        c.send("response.create")
+        done = c.until("response.done")
+        messages: list[dict[str, Any]] = [
+            {"role": "system", "content": "You are brief."},
+            {"role": "user", "content": "What is three plus four?"},
+        ]
+        said = tiny().generate(messages, audio=False)
+        assert text_of(done) == said.text
+
+
+def test_an_answer_beside_the_conversation_leaves_no_trace(server):
+    with line(server) as c:
+        c.say("What is three plus four?")
+        c.until("conversation.item.done")
+        item = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "What day is it?"}]}
+        beside = {"conversation": "none", "input": [item], "output_modalities": ["text"], "metadata": {"k": "v"}}
+        c.send("response.create", response=beside)
+        events = c.until("response.done")
+        assert not [event for event in events if event["type"].startswith("conversation.item")]
+        assert text_of(events) == tiny().generate([{"role": "user", "content": "What day is it?"}], audio=False).text
+        assert events[-1]["response"].get("conversation_id") is None
+        c.send("response.create", response={"output_modalities": ["text"]})
+        said = tiny().generate([{"role": "user", "content": "What is three plus four?"}], audio=False)
+        assert text_of(c.until("response.done")) == said.text
+
+
+def test_what_was_sent_of_a_turn_can_be_taken_back(server):
+    with line(server) as c:
+        c.update(audio=PUSH_TO_TALK, output_modalities=["text"])
+        c.append(at_24k(EXAMPLES / "question-zh.wav"), 9)
+        c.send("input_audio_buffer.clear")
+        c.until("input_audio_buffer.cleared")
+        c.send("input_audio_buffer.commit")
+        assert c.last("error")["error"]["code"] == "input_audio_buffer_commit_empty"
+        c.append(at_24k(EXAMPLES / "question.wav"), 9)
+        c.send("input_audio_buffer.commit")
+        c.send("response.create")
+        session = tiny().session(window=2)
+        session.append_clip(at_24k(EXAMPLES / "question.wav"), 24000)
+        assert text_of(c.until("response.done")) == collect(session.respond(audio=False)).text
+
+
+# ---------------------------------------------------------------------------------------- ways to hold one
+
+
+@pytest.mark.parametrize("form", ["audio/pcmu", "audio/pcma"])
+def test_telephones(server, form):
+    question, rate = read_audio(EXAMPLES / "question.wav")
+    data = WireOut(form, rate).push(question, final=True)
+    with line(server) as c:
+        how = {"format": {"type": form}}
+        c.update(audio={"input": {"turn_detection": None, **how}, "output": how})
+        for start in range(0, len(data), 160):
+            c.send("input_audio_buffer.append", audio=base64.b64encode(data[start : start + 160]).decode())
+        c.send("input_audio_buffer.commit")
+        c.send("response.create")
+        events = c.until("response.done")
+        frames = events[-1]["response"]["usage"]["output_token_details"]["audio_tokens"]
+        assert len(from_wire(form, sound_of(events))) == 640 * frames
+
+
+def test_a_transcription_session_only_writes_down(server):
+    question = at_24k(EXAMPLES / "question.wav")
+    with line(server, intent="transcription") as c:
+        assert c.events[0]["session"]["type"] == "transcription"
+        c.append(np.concatenate([quiet(0.5), question, quiet(1.0)]), 30)
+        events = c.until("conversation.item.input_audio_transcription.completed")
+        assert events[-1]["transcript"]
+        assert not [event for event in events if event["type"].startswith("response")]
+        c.send("response.create")
+        assert "no answers" in c.last("error")["error"]["message"]
+
+
+def test_nobody_there_for_a_while(server):
+    taking = {"type": "server_vad", "idle_timeout_ms": 1000}
+    with line(server) as c:
+        c.update(audio={"input": {"turn_detection": taking}})
+        c.append(quiet(0.5))
+        c.say("What day is it?")
+        c.send("response.create", response={"max_output_tokens": 4})
+        c.until("response.done")
+        events = c.until("response.done")
+        in_order(
+            ["input_audio_buffer.timeout_triggered", "input_audio_buffer.committed", "response.created"], types(events)
+        )
+
+
+@pytest.mark.parametrize(
+    ("session", "param"),
+    [
+        ({"audio": {"input": {"turn_detection": {"type": "semantic_vad"}}}}, "session.audio.input.turn_detection.type"),
+        ({"audio": {"input": {"turn_detection": {"type": "server_vad", "threshold": 3}}}}, "threshold"),
+        ({"audio": {"input": {"turn_detection": {"type": "server_vad", "idle_timeout_ms": 1}}}}, "idle_timeout_ms"),
+        ({"audio": {"input": {"format": {"type": "audio/pcm", "rate": 16000}}}}, "rate"),
+        ({"audio": {"output": {"speed": 1.2}}}, "session.audio.output.speed"),
+        ({"audio": {"output": {"voice": "nobody"}}}, "session.audio.output.voice"),
+        ({"output_modalities": ["text", "audio"]}, "session.output_modalities"),
+        ({"tools": [{"type": "mcp", "server_label": "x"}]}, "session.tools"),
+        ({"truncation": {"type": "retention_ratio", "retention_ratio": 0.99}}, "session.truncation"),
+        ({"type": "transcription"}, "session.type"),
+        ({"type": "other"}, "session"),
+        ({"instructions": 7}, "session"),
+    ],
+)
+def test_what_cannot_be_set_is_said_and_changes_nothing(server, session, param):
+    with line(server) as c:
+        c.send("session.update", session={"type": "realtime", **session})
+        error = c.last("error")["error"]
+        assert error["type"] == "invalid_request_error"
+        assert param in (error.get("param") or "")
+        assert c.update()["session"]["audio"] == c.events[0]["session"]["audio"]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        b"\x00\x01",
+        '{"type": 7}',
+        '{"type": "nothing"}',
+        '{"type": "response.mcp_call.completed"}',
+        '{"type": "output_audio_buffer.clear"}',
+        '{"type": "input_audio_buffer.append"}',
+        '{"type": "input_audio_buffer.append", "audio": "?"}',
+        '{"type": "input_audio_buffer.append", "audio": "AAAA"}',
+        '{"type": "input_audio_buffer.append", "audio": 7}',
+        '{"type": "input_audio_buffer.commit"}',
+        '{"type": "conversation.item.create", "item": {"type": "message", "role": "user", "content": 7}}',
+        json.dumps({"type": "conversation.item.create", "item": IMAGE}),
+        '{"type": "conversation.item.create", "item": {"type": "mcp_call"}}',
+        '{"type": "conversation.item.create"}',
+        '{"type": "conversation.item.delete", "item_id": "x"}',
+        '{"type": "response.create", "response": {"output_modalities": []}, "x": ' + "[" * 500 + "]" * 500 + "}",
+        '{"type": "response.create"}',
+        '{"type": "session.update", "session": 7}',
+    ],
+)
+def test_nonsense_is_answered_and_the_session_goes_on(server, message):
+    with line(server) as c:
+        c.socket.send(message)
+        error = c.last("error")["error"]
+        assert error["type"] in ("invalid_request_error",) or "nothing to answer" in str(error)
+        c.say("What day is it?")
+        assert c.last("conversation.item.done")
+
+
+# ---------------------------------------------------------------------------------------- coming and going
+
+
+def test_a_lost_connection_is_taken_up_again(server):
+    with line(server) as c:
+        session = c.events[0]["session"]
+        c.say("What is three plus four?")
+        c.until("conversation.item.done")
+        c.socket.close(1011)
+    who = {"session_id": session["id"], "resume_token": session["antiphon"]["resume_token"]}
+    with pytest.raises(InvalidStatus, match="404"), line(server, **{**who, "resume_token": "wrong"}):
+        pass
+    with line(server, fresh=False, **who) as c:
+        c.send("response.create", response={"output_modalities": ["text"]})
+        said = tiny().generate([{"role": "user", "content": "What is three plus four?"}], audio=False)
+        assert text_of(c.until("response.done")) == said.text
+        c.socket.close(1000)
+    with pytest.raises(InvalidStatus, match="404"), line(server, **who):
+        pass
+    until(lambda: not server.engine.calls)
+
+
+def test_sessions_have_a_limit_and_lost_ones_make_room():
+    with serving(Settings(keys=("one", "two"), sessions=1), lambda: engine(2)) as served:
+        with line(served, "one") as c:
+            with pytest.raises(InvalidStatus, match="429"), line(served, "one"):
+                pass
+            with line(served, "two"):
+                pass
+            c.socket.close(1011)
+        with line(served, "one"):
+            pass
+        with pytest.raises(InvalidStatus, match="401"), line(served, "three"):
+            pass
+    with (
+        serving(make=lambda: engine(1)) as served,
+        line(served),
+        pytest.raises(InvalidStatus, match="503"),
+        line(served),
+    ):
+        pass
+
+
+def test_who_says_nothing_for_long_is_closed():
+    with serving(Settings(idle_seconds=0.3)) as served, line(served) as c:
+        with pytest.raises(ConnectionClosed) as closed:
+            c.until("never")
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1000
+        until(lambda: not served.engine.calls)
+
+
+def test_a_stopped_server_finishes_its_sentence():
+    with serving() as served, line(served) as c:
+        c.say("What is three plus four?")
+        c.send("response.create")
+        c.until("response.output_audio.delta")
+        served.stop()
+        with pytest.raises(ConnectionClosed) as closed:
+            c.until("never")
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1001
+        done = next(event for event in c.events if event["type"] == "response.done")
+        assert done["response"]["status"] == "completed"
+
+
+def test_pages_of_others_may_not_open_one(server):
+    with pytest.raises(InvalidStatus, match="403"):
+        connect(f"ws://{server.host}/v1/realtime?model=tiny", origin=Origin("http://evil.example"))
+    with pytest.raises(InvalidStatus, match="404"):
+        connect(f"ws://{server.host}/v1/realtime?model=other")
+
+
+def test_a_browser_gives_its_key_as_a_subprotocol():
+    with serving(Settings(keys=("secret",))) as served:
+        offered = [Subprotocol("realtime"), Subprotocol("openai-insecure-api-key.secret")]
+        with connect(f"ws://{served.host}/v1/realtime?model=tiny", subprotocols=offered) as socket:
+            assert socket.subprotocol == "realtime"
+            assert json.loads(socket.recv())["type"] == "session.created"
+
+
+async def _openai_turn(server: Served) -> tuple[str, int]:
+    client = server.async_client()
+    async with client.realtime.connect(model="tiny") as connection:
+        await connection.session.update(session={"type": "realtime", "instructions": "You are brief."})
+        await connection.conversation.item.create(
+            item={"type": "message", "role": "user", "content": [{"type": "input_text", "text": "What day is it?"}]}
+        )
+        await connection.response.create()
+        text, sound = "", 0
+        async for event in connection:
+            if event.type == "response.output_audio_transcript.delta":
+                text += event.delta
+            elif event.type == "response.output_audio.delta":
+                sound += len(base64.b64decode(event.delta))
+            elif event.type == "response.done":
+                break
+    return text, sound
+
+
+def test_openais_own_client_holds_a_conversation(server):
+    text, sound = asyncio.run(_openai_turn(server))
+    assert text
+    assert sound > 3840
