@@ -16,7 +16,7 @@ const AUDIBLE = 0.01;
 const SHORTEST_VOICE = 3; // seconds
 
 let openedAt = 0; // the microphone, on performance.now's clock
-let playing = { item: null, ms: 0 }; // what is heard now, and how much of it
+let playing = silent(); // what is heard now, how much of it, and whether it waits for more
 let spoken = 0; // when the last piece with something in it was sent
 
 // ----------------------------------------------------------------------------------------------------- connection
@@ -125,14 +125,14 @@ function interrupt() {
   if (!playing.item && !talk.response) return;
   sound.stop();
   if (playing.item || talk.response) talk.interrupt(playing.ms);
-  playing = { item: null, ms: 0 };
+  playing = silent();
 }
 
 talk.addEventListener("interrupted", () => {
   if (!playing.item || performance.now() - openedAt < GRACE) return;
   sound.stop();
   talk.truncate(playing.ms); // the server has cancelled the answer itself
-  playing = { item: null, ms: 0 };
+  playing = silent();
 });
 
 $("talk").addEventListener("click", () => {
@@ -177,6 +177,15 @@ $("write").addEventListener("submit", (event) => {
   });
 });
 
+for (const question of ["What is two plus three?", "Which month comes after May?", "What is “cat” in French?"]) {
+  const button = Object.assign(document.createElement("button"), { textContent: question, className: "example" });
+  button.addEventListener("click", () => {
+    $("text").value = question;
+    $("write").requestSubmit();
+  });
+  $("examples").append(button);
+}
+
 // ----------------------------------------------------------------------------------------------------- files
 
 function sendFile(file) {
@@ -194,6 +203,7 @@ function sendFile(file) {
   });
 }
 
+$("choose").addEventListener("click", () => $("file").click());
 $("file").addEventListener("change", ({ target }) => {
   if (target.files[0]) sendFile(target.files[0]);
   target.value = "";
@@ -228,16 +238,26 @@ sound.onplay = (news) => {
   if (news.started) {
     timing("heard");
     state("speaking", "speaking");
-    playing = { item: news.started, ms: 0 };
+    playing = { item: news.started, ms: 0, waits: false };
     return;
   }
-  if (news.item === playing.item) playing.ms = news.playedMs;
-  if (news.starving && !talk.response) {
-    playing = { item: null, ms: 0 };
-    $("stop").disabled = true;
-    state(sound.microphone ? "listening" : "connected", sound.microphone ? "listening" : "open");
-  }
+  if (news.item !== playing.item) return;
+  Object.assign(playing, { ms: news.playedMs, waits: news.starving });
+  endOfSound();
 };
+
+function silent() {
+  return { item: null, ms: 0, waits: true };
+}
+
+/** All of an answer has been heard when the player waits and nothing more will come. */
+function endOfSound() {
+  if (!playing.waits || talk.response) return;
+  playing = silent();
+  $("stop").disabled = true;
+  state(sound.microphone ? "listening" : "connected", sound.microphone ? "listening" : "open");
+}
+talk.addEventListener("finished", endOfSound);
 
 talk.addEventListener("change", ({ detail: item }) => {
   $("empty").hidden = true;
