@@ -148,9 +148,15 @@ $("talk").addEventListener("pointerdown", (event) => {
 for (const end of ["pointerup", "pointercancel"]) $("talk").addEventListener(end, () => $("push").checked && release());
 $("push").addEventListener("change", () => {
   closeMicrophone();
-  talk.update({ vad: !$("push").checked });
+  talk.update({ vad: detection() });
 });
+$("ends").addEventListener("change", () => talk.update({ vad: detection() }));
 $("stop").addEventListener("click", interrupt);
+
+/** How the server tells that a turn has ended; not at all where a key says so. */
+function detection() {
+  return $("push").checked ? null : $("ends").value;
+}
 
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && !document.querySelector("dialog[open]")) interrupt();
@@ -193,13 +199,12 @@ function sendFile(file) {
     const samples = await sound.read(file);
     await connected();
     interrupt();
-    const hands = talk.wanted.vad;
-    talk.update({ vad: false }); // a file is one turn, whatever pauses are in it
+    talk.update({ vad: null }); // a file is one turn, whatever pauses are in it
     sound.show(samples);
     for (let start = 0; start < samples.length; start += FILE_PIECE) talk.append(samples.subarray(start, start + FILE_PIECE));
     timing("stopped");
     talk.commit();
-    talk.update({ vad: hands });
+    talk.update({ vad: detection() });
   });
 }
 
@@ -428,7 +433,7 @@ function frame() {
   requestAnimationFrame(frame);
 }
 
-talk.wanted = { vad: true };
+talk.wanted = { vad: detection() };
 showTurn();
 frame();
 attempt(listVoices);

@@ -69,11 +69,11 @@ export class Conversation extends EventTarget {
 
   // ------------------------------------------------------------------------------------------------ what the page asks
 
-  /** Change the session: {voice, instructions, vad}; what is not named stays. */
+  /** Change the session: {voice, instructions, vad: a type of turn detection or null}; what is not named stays. */
   update(changes) {
     Object.assign(this.wanted, changes);
     const { voice, instructions, vad } = this.wanted;
-    const turn_detection = vad ? { type: "server_vad", create_response: true, interrupt_response: true } : null;
+    const turn_detection = vad ? { type: vad, create_response: true, interrupt_response: true } : null;
     this.send({
       type: "session.update",
       session: {
