@@ -510,6 +510,11 @@ class Omni(Boxes):
             raise InputError(f"this checkpoint has no {SPEAKER_FILE}, so it cannot clone a voice; it has {voices}")
         return load_speaker(self.beside / SPEAKER_FILE).float()
 
+    @property
+    def hears_turns(self) -> bool:
+        """Whether it can tell a pause from the end of a turn."""
+        return self.beside is not None and (self.beside / TURN_FILE).is_file()
+
     @cached_property
     def turn_head(self) -> TurnEnd:
         """What tells a pause from the end of a turn; a file beside the checkpoint, which the release has not.
@@ -517,7 +522,7 @@ class Omni(Boxes):
         Raises:
             InputError: there is none.
         """
-        if self.beside is None or not (self.beside / TURN_FILE).is_file():
+        if self.beside is None or not self.hears_turns:
             raise InputError(f"this checkpoint has no {TURN_FILE}, so it cannot tell whether a turn has ended")
         return load_turn(self.beside / TURN_FILE).to(self.device)
 

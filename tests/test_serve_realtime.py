@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from antiphon.audio import from_pcm16, read_audio
 from antiphon.engine import Call
 from antiphon.engine.call import Turn
 from antiphon.engine.lanes import Speaking
-from antiphon.generate import collect
+from antiphon.generate import Omni, collect
 from antiphon.serve.settings import Settings
 from antiphon.serve.sounds import WireOut, from_wire
 from antiphon.train.dialog import TOOLS
@@ -136,14 +137,33 @@ def test_the_server_hears_when_a_turn_is_over_and_answers(server):
         assert sound_of(events)
 
 
+@pytest.mark.parametrize(
+    ("likely", "eagerness", "waits"), [(0.9, "auto", False), (0.5, "low", True), (0.5, "high", False)]
+)
+def test_what_was_said_decides_when_a_turn_is_over(server, monkeypatch, likely, eagerness, waits):
+    """An end that is likely enough is one after a fifth of a second; another is waited for."""
+    monkeypatch.setattr(Omni, "hears_turns", property(lambda self: True))
+    monkeypatch.setattr(Omni, "turn_end", lambda self, recent: likely if len(recent) > 10 else 0.0)
+    question = at_24k(EXAMPLES / "question.wav")
+    with line(server) as c:
+        c.update(audio={"input": {"turn_detection": {"type": "semantic_vad", "eagerness": eagerness}}})
+        c.append(np.concatenate([quiet(0.7), question]), 60)
+        c.until("input_audio_buffer.speech_started")
+        for _ in range(20):  # in real time, so that there is time to judge
+            c.append(quiet(0.1), 1)
+            time.sleep(0.1)
+        c.send("conversation.item.retrieve", item_id="nothing")
+        assert ("input_audio_buffer.speech_stopped" in types(c.until("error"))) is not waits
+
+
 def test_a_guessed_answer_is_the_answer(server, monkeypatch):
     """The answer was begun in the pause; the turn that the guess heard is the one that is answered."""
     taken: list[bool] = []
     take_over = Call._take_over
 
-    def noting(self: Call, guess: Any, *rest: Any) -> None:
+    def noting(self: Call, guess: Any, *rest: Any) -> Any:
         taken.append(guess.call is not None)
-        take_over(self, guess, *rest)
+        return take_over(self, guess, *rest)
 
     monkeypatch.setattr(Call, "_take_over", noting)
     with line(server) as c:
@@ -417,7 +437,7 @@ def test_nobody_there_for_a_while(server):
 @pytest.mark.parametrize(
     ("session", "param"),
     [
-        ({"audio": {"input": {"turn_detection": {"type": "semantic_vad"}}}}, "session.audio.input.turn_detection.type"),
+        ({"audio": {"input": {"turn_detection": {"type": "semantic_vad", "eagerness": "very"}}}}, "turn_detection"),
         ({"audio": {"input": {"turn_detection": {"type": "server_vad", "threshold": 3}}}}, "threshold"),
         ({"audio": {"input": {"turn_detection": {"type": "server_vad", "idle_timeout_ms": 1}}}}, "idle_timeout_ms"),
         ({"audio": {"input": {"format": {"type": "audio/pcm", "rate": 16000}}}}, "rate"),

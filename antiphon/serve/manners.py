@@ -16,8 +16,9 @@ from antiphon.serve.happenings import Manner
 from antiphon.serve.house import House
 from antiphon.serve.refusals import Refused
 from antiphon.serve.sounds import TELEPHONE, WIRE_RATE, Wire
-from antiphon.serve.vad import TurnTaking
+from antiphon.serve.vad import EAGERNESS, TurnTaking
 from antiphon.transcripts import HEARD, check_language
+from antiphon.turn import TURN_FILE
 
 Config = dict[str, Any]  # a session as JSON
 VAD: Config = {
@@ -29,6 +30,8 @@ VAD: Config = {
     "interrupt_response": True,
     "idle_timeout_ms": None,
 }
+SEMANTIC: Config = {"type": "semantic_vad", "eagerness": "auto", "create_response": True, "interrupt_response": True}
+DETECTION = {"server_vad": VAD, "semantic_vad": SEMANTIC}
 PCM: Config = {"type": "audio/pcm", "rate": WIRE_RATE}
 INPUT: Config = {"format": PCM, "transcription": None, "noise_reduction": None, "turn_detection": VAD}
 SETTABLE = (
@@ -81,9 +84,9 @@ def merged(config: Config, update: Mapping[str, Any]) -> Config:
             if name in new["audio"].get(side, ()):
                 new["audio"][side][name] = value
     taking = new["audio"]["input"]["turn_detection"]
-    if taking is not None and taking.get("type") == "server_vad":
+    if taking is not None and (usual := DETECTION.get(taking.get("type", ""))):
         given = {name: value for name, value in taking.items() if value is not None}
-        new["audio"]["input"]["turn_detection"] = VAD | given
+        new["audio"]["input"]["turn_detection"] = usual | given
     new["audio"]["input"]["noise_reduction"] = None  # there is none, and the client sees it
     return new
 
@@ -99,9 +102,15 @@ def manner_of(house: House, who: str, config: Config) -> Manner:
     language = None if transcription is None else transcription.get("language") or ""
     check_language(language or "", HEARD)
     manner = Manner(
-        heard_as=_format(heard["format"], "input"), taking=_taking(heard["turn_detection"]), language=language
+        heard_as=_format(heard["format"], "input"), taking=_taking(house, heard["turn_detection"]), language=language
     )
     if config["type"] == "transcription":
+        if manner.taking is not None and manner.taking.likely is not None:
+            raise Refused(
+                "semantic_vad needs a session that answers; use server_vad here",
+                param="session.audio.input.turn_detection.type",
+                code="unsupported_value",
+            )
         return replace(manner, answers=False, language=language or "")
     said = config["audio"]["output"]
     if said["speed"] not in (None, 1, 1.0):
@@ -141,16 +150,19 @@ def options_of(house: House, who: str, modalities: list[str] | None, voice: Any,
     return replace(options, max_text_tokens=most, max_frames=most) if isinstance(most, int) else options
 
 
-def _taking(taking: Mapping[str, Any] | None) -> TurnTaking | None:
+def _taking(house: House, taking: Mapping[str, Any] | None) -> TurnTaking | None:
     where = "session.audio.input.turn_detection"
     if taking is None:
         return None
-    if taking.get("type") != "server_vad":
+    if taking.get("type") not in DETECTION:
         raise Refused(
-            f"turn_detection of type {taking.get('type')} is not there yet; use server_vad, or null for push-to-talk",
+            f"there is no turn_detection of type {taking.get('type')}; use server_vad, semantic_vad, or null for "
+            "push-to-talk",
             param=f"{where}.type",
             code="unsupported_value",
         )
+    if taking["type"] == "semantic_vad":
+        return _semantic(house, taking, where)
     idle, shortest, longest = taking["idle_timeout_ms"], *IDLE_MS
     if not 0 <= taking["threshold"] <= 1:
         raise Refused("threshold lies between 0 and 1", param=f"{where}.threshold", code="invalid_value")
@@ -171,6 +183,18 @@ def _taking(taking: Mapping[str, Any] | None) -> TurnTaking | None:
         taking["interrupt_response"],
         idle,
     )
+
+
+def _semantic(house: House, taking: Mapping[str, Any], where: str) -> TurnTaking:
+    if taking["eagerness"] not in EAGERNESS:
+        raise Refused(f"eagerness is one of {', '.join(EAGERNESS)}", param=f"{where}.eagerness", code="invalid_value")
+    if not house.model.hears_turns:
+        raise Refused(
+            f"this checkpoint has no {TURN_FILE}, so it cannot tell whether a turn has ended; use server_vad",
+            param=f"{where}.type",
+            code="unsupported_value",
+        )
+    return TurnTaking.of_eagerness(taking["eagerness"], taking["create_response"], taking["interrupt_response"])
 
 
 def _format(form: Mapping[str, Any] | None, side: str) -> Wire:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from antiphon.audio import Samples, pcm16
 from antiphon.engine import Call
@@ -189,11 +190,18 @@ class Talk:
             del self._before[: len(self._before) - round(detector.before_ms * self.rate / 1000) // len(step) - 1]
         if sign is Sign.PAUSED:
             self._feed()
+            if detector.taking.likely is not None and not self._stale:
+                self._background(self._judge_pause(detector, self.call.recent()))
             self._guess()
         elif sign is Sign.RESUMED:
             self._guessed = False
         elif sign is Sign.STOPPED:
             await self._end_turn(detector)
+
+    async def _judge_pause(self, detector: Detector, recent: Future[Tensor]) -> None:
+        """Whether the turn is over, by what was said before this pause."""
+        with suppress(AntiphonError):
+            detector.judged(self.house.model.turn_end(await settled(recent)))
 
     async def _begin_turn(self, detector: Detector, step: Samples) -> None:
         for piece in [*self._before, step]:

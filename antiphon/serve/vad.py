@@ -24,11 +24,13 @@ RATE, WINDOW, CONTEXT = 16000, 512, 64  # Hz, and samples
 CONFIRMED = 2  # steps of speech that begin a turn: a click is none
 RELEASE = 0.15  # below the threshold by so much is silence
 PAUSE_MS = 150  # of silence, after which the answer is begun in case the turn is over
+QUICK_MS = 200  # of silence, that end a turn which is judged to be over
+EAGERNESS = {"low": (0.85, 8000), "medium": (0.6, 4000), "auto": (0.6, 4000), "high": (0.3, 2000)}  # see `of_eagerness`
 
 
 @dataclass(frozen=True)
 class TurnTaking:
-    """When a turn begins and ends, as in OpenAI's `server_vad`."""
+    """When a turn begins and ends, as in OpenAI's `server_vad` and `semantic_vad`."""
 
     threshold: float = 0.5
     padding_ms: int = 300  # before the first speech, that belong to the turn
@@ -36,6 +38,13 @@ class TurnTaking:
     create: bool = True  # answer when it ends
     interrupt: bool = True  # stop an answer when it begins
     idle_ms: int | None = None  # after an answer, until the model asks whether somebody is there
+    likely: float | None = None  # an end that is so likely, by what was said, is one after QUICK_MS of silence
+
+    @classmethod
+    def of_eagerness(cls, eagerness: str, create: bool, interrupt: bool) -> TurnTaking:
+        """`semantic_vad`: how likely an end has to be, and the silence that ends a turn which does not sound ended."""
+        likely, silence_ms = EAGERNESS[eagerness]
+        return cls(silence_ms=silence_ms, create=create, interrupt=interrupt, likely=likely)
 
 
 class Sign(Enum):
@@ -56,6 +65,7 @@ class Detector:
         self.speaking = self.paused = False
         self._run = 0  # steps of speech in a row, before a turn
         self._quiet_ms = 0.0
+        self._is_likely = False  # the end, by what was said before this pause
 
     @property
     def before_ms(self) -> int:
@@ -70,10 +80,10 @@ class Detector:
             self.speaking = self._run >= CONFIRMED
             return Sign.STARTED if self.speaking else None
         if speech >= max(self.taking.threshold - RELEASE, 0.01):
-            resumed, self.paused, self._quiet_ms = self.paused, False, 0.0
+            resumed, self.paused, self._quiet_ms, self._is_likely = self.paused, False, 0.0, False
             return Sign.RESUMED if resumed else None
         self._quiet_ms += 1000 * STEP
-        if self._quiet_ms >= self.taking.silence_ms:
+        if self._quiet_ms >= (QUICK_MS if self._is_likely else self.taking.silence_ms):
             self.reset()
             return Sign.STOPPED
         if self._quiet_ms >= PAUSE_MS and not self.paused:
@@ -81,9 +91,13 @@ class Detector:
             return Sign.PAUSED
         return None
 
+    def judged(self, ended: float) -> None:
+        """How likely the turn has ended with this pause, by what was said."""
+        self._is_likely = self.paused and self.taking.likely is not None and ended >= self.taking.likely
+
     def reset(self) -> None:
         """Nobody is speaking."""
-        self.speaking = self.paused = False
+        self.speaking = self.paused = self._is_likely = False
         self._run, self._quiet_ms = 0, 0.0
 
 
