@@ -35,7 +35,8 @@ class Page(HTMLParser):
 
     def __init__(self) -> None:
         super().__init__()
-        self.ids, self.files, self.labelled, self.controls = set[str](), list[str](), set[str](), list[dict]()
+        self.ids, self.labelled = set[str | None](), set[str | None]()
+        self.files, self.controls = list[str](), list[dict[str, str]]()
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
         about = dict(attrs)
