@@ -6,14 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from antiphon.engine.bench import Answered
+from antiphon.bench.load import Answered
 from antiphon.engine.call import Work
 from antiphon.errors import InputError
 
 BEFORE, AFTER = 0.1, 0.3  # seconds around the end of a question
-COLOURS = {"wish": "#8da0cb", "thinker": "#66c2a5", "draw": "#a6d854", "talker": "#fc8d62", "frame": "#e78ac3"}
+COLOURS = {
+    "wish": "#b3b3b3",
+    "aut": "#8da0cb",
+    "thinker": "#66c2a5",
+    "draw": "#a6d854",
+    "talker": "#fc8d62",
+    "frame": "#e78ac3",
+}
 MEANING = {
-    "wish": "mel and AuT",
+    "wish": "mel",
+    "aut": "AuT",
     "thinker": "Thinker reads",
     "draw": "next token",
     "talker": "Talker reads along",
@@ -47,7 +55,7 @@ def moment(work: Sequence[Work], answer: Answered, path: Path) -> None:
         [shown[n] for n in known],
         [MEANING[n] for n in known],
         fontsize=7,
-        ncols=5,
+        ncols=6,
         loc="upper center",
         bbox_to_anchor=(0.5, -0.22),
         frameon=False,
@@ -56,13 +64,15 @@ def moment(work: Sequence[Work], answer: Answered, path: Path) -> None:
 
 
 def latency(figures: Sequence[dict[str, Any]], path: Path) -> None:
-    """From the last voiced sample to the first text, packet and sound, over conversations at once."""
+    """From the last voiced sample to the first text, packet and sound, over the load; closed loops if there are any."""
     axes, save = _figure(6, 3.6, path)
-    many = [one["conversations"] for one in figures]
+    closed = [one for one in figures if one["conversations"] is not None]
+    figures = closed or figures
+    many = [one["conversations"] if closed else one["rate"] for one in figures]
     for name, label in (("text", "first text"), ("code", "first packet"), ("sound", "first sound")):
         (line,) = axes.plot(many, [one[f"{name}_ms"]["p50"] for one in figures], marker="o", label=f"{label}, p50")
         axes.plot(many, [one[f"{name}_ms"]["p95"] for one in figures], linestyle=":", color=line.get_color())
-    axes.set_xlabel("conversations at once (dotted: p95)")
+    axes.set_xlabel(f"conversations {'at once' if closed else 'a second'} (dotted: p95)")
     axes.set_ylabel("ms after the last voiced sample")
     axes.set_xscale("log", base=2)
     axes.set_xticks(many, [str(c) for c in many])
