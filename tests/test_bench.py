@@ -14,10 +14,12 @@ from antiphon import cli
 from antiphon.audio import write_audio
 from antiphon.bench import commands, turns
 from antiphon.bench import derailed as derailing
+from antiphon.bench import floor as floors
 from antiphon.bench.against import compare
 from antiphon.bench.commands import tone
 from antiphon.bench.derailed import LOST, derailed, missing
 from antiphon.bench.figures import TITLES, cells, in_time, kept, run, summary, trace_of
+from antiphon.bench.floor import weights_read
 from antiphon.bench.load import AUDIBLE, Answered, Load, ask, measure
 from antiphon.bench.pictures import latency, moment
 from antiphon.bench.turns import nth_over_second
@@ -25,6 +27,7 @@ from antiphon.engine import Engine
 from antiphon.errors import InputError
 from antiphon.evaluate.stages import Case
 from antiphon.generate import Done, collect
+from antiphon.layers import Experts
 from antiphon.random_model import random_model, shape_of
 from antiphon.transcripts import Piece, Transcript
 from benchmarks.races import FlatTalker, lines, parameters, race, right_context, talkers
@@ -172,6 +175,27 @@ def test_answers_are_read_back_by_the_model_itself():
 
 
 # ------------------------------------------------------------------------------- beside others and itself
+
+
+def test_a_frame_reads_the_weights_of_the_experts_it_takes_and_of_mtp_once_for_each_codebook():
+    model = omni()
+    speech, read = model.speaking(), weights_read(model)
+    mtp, experts = speech.mtp, [m for m in speech.talker.model.modules() if isinstance(m, Experts)]
+    stacked = sum(p.nbytes for m in experts for p in m.parameters())
+    whole = sum(p.nbytes for p in [*speech.talker.model.parameters(), *speech.talker.codec_head.parameters()])
+    table = speech.talker.model.codec_embedding.weight.nbytes
+    assert read["Talker"] == whole - table - stacked + stacked / 2  # two of four experts
+    layers = sum(p.nbytes for p in [*mtp.model.layers.parameters(), *mtp.model.norm.parameters()])
+    assert read["MTP"] == (mtp.codebooks - 1) * layers + sum(p.nbytes for p in mtp.lm_head.parameters())
+
+
+def test_the_floor_is_the_slower_of_reading_and_computing(monkeypatch):
+    monkeypatch.setattr(floors, "machine", lambda *_: (1e9, 1e12))
+    slow = floors.floor(omni())
+    assert slow["frame_ms"] == pytest.approx(1000 * slow["frame"]["bytes"] / 1e9)
+    assert slow["frame"]["operations"] > slow["frame"]["bytes"] / 4  # a product and a sum for each weight of four bytes
+    monkeypatch.setattr(floors, "machine", lambda *_: (1e12, 1e9))
+    assert floors.floor(omni())["token_ms"] == pytest.approx(1000 * slow["token"]["operations"] / 1e9)
 
 
 def test_transformers_the_readable_loop_and_the_engine_say_the_same(pair):

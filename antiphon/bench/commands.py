@@ -20,6 +20,7 @@ from antiphon.audio import Samples, read_audio
 from antiphon.bench.against import compare
 from antiphon.bench.derailed import derailed
 from antiphon.bench.figures import TITLES, Run, cells, heading, kept, line, run, trace_of
+from antiphon.bench.floor import floor
 from antiphon.bench.load import Load, Question
 from antiphon.bench.pictures import latency, moment
 from antiphon.bench.turns import nth_over_second
@@ -140,6 +141,8 @@ def bench(
     tell: Callable[[str], None] = (lambda text: None) if as_json else lambda text: print(text, flush=True)
     about = {"machine": _machine(omni), "torch": torch.__version__, "dtype": str(omni.dtype).removeprefix("torch.")}
     tell(", ".join([random or model, *about.values()]) + "\n")
+    about["floor"] = least = floor(omni)
+    tell(_floor_told(least))
     runs = list[Run]()
     with _engine(omni, loads, capacity) as engine:
         about["capacity"] = engine.capacity
@@ -238,6 +241,17 @@ def _run(
         more = [f"{one.figures['derailed']} of {one.figures['read_back']}"] if read_back else []
         tell(line([*cells(one.figures), *more]))
         yield one
+
+
+def _floor_told(least: dict[str, Any]) -> str:
+    def cost(name: str) -> str:
+        one = least[name]
+        return (
+            f"{one['bytes'] / 1e6:.1f} MB of weights, {one['operations'] / 1e9:.3f} GFLOP, {least[f'{name}_ms']:.2f} ms"
+        )
+
+    speed = f"{least['bytes_a_second'] / 1e9:.1f} GB/s and {least['operations_a_second'] / 1e9:.0f} GFLOP/s"
+    return f"floor, one conversation, at {speed}: a frame {cost('frame')}; a token {cost('token')}\n"
 
 
 def _turns_told(found: dict[str, Any]) -> str:

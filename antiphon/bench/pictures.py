@@ -11,6 +11,7 @@ from antiphon.engine.call import Work
 from antiphon.errors import InputError
 
 BEFORE, AFTER = 0.1, 0.3  # seconds around the end of a question
+OTHER = "#d9d9d9"  # work that has no colour of its own
 COLOURS = {
     "wish": "#b3b3b3",
     "aut": "#8da0cb",
@@ -36,7 +37,8 @@ def moment(work: Sequence[Work], answer: Answered, path: Path) -> None:
     for one in work:
         if -BEFORE <= one.start - answer.asked <= AFTER:
             place = (1000 * (one.start - answer.asked), 1000 * (one.stop - one.start))
-            axes.barh(lanes[one.lane], place[1], left=place[0], height=0.7, color=COLOURS[one.name], label=one.name)
+            colour = COLOURS.get(one.name, OTHER)
+            axes.barh(lanes[one.lane], place[1], left=place[0], height=0.7, color=colour, label=one.name)
     for i, at in enumerate(at for at in answer.packets if at < answer.asked + AFTER):
         axes.annotate(
             "", (1000 * (at - answer.asked), -0.95), (1000 * (at - answer.asked), -0.4), arrowprops={"arrowstyle": "->"}
