@@ -124,8 +124,7 @@ def bench(
 ) -> None:
     """Measure the engine under load: questions spoken in real time by many at once, answers played as they come.
 
-    Beside it: how many conversations the machine keeps in time, the same checkpoint in transformers, and whether a
-    long conversation answers as soon as a fresh one.
+    Beside it: the floor, how many the machine keeps in time, transformers, and a long conversation over a fresh one.
     """
     if random is not None and against is not None:
         raise InputError("transformers needs a checkpoint on disk; give a MODEL instead of --random")
@@ -143,15 +142,11 @@ def bench(
     tell(", ".join([random or model, *about.values()]) + "\n")
     about["floor"] = least = floor(omni)
     tell(_floor_told(least))
-    runs = list[Run]()
     with _engine(omni, loads, capacity) as engine:
         about["capacity"] = engine.capacity
         tell(f"kept in time, {'as given' if capacity else 'as measured'}: {engine.capacity} conversations\n")
-        for one in _run(engine, questions, loads, read_back, tell):
-            runs.append(one)
+        runs = list(_run(engine, questions, loads, read_back, tell))
         about["loads"] = figures = [one.figures for one in runs]
-        if best := kept(figures):
-            tell(f"\nall conversations were in time with {best} at once")
         engine.capacity = None
         if nth_turn is not None:
             about["turns"] = found = nth_over_second(engine, questions[0], nth_turn, base, rounds)
@@ -232,6 +227,7 @@ def _run(
     engine: Engine, questions: Sequence[Question], loads: Sequence[Load], read_back: bool, tell: Callable[[str], None]
 ) -> Iterator[Run]:
     """Every load, told line by line."""
+    figures = list[dict[str, Any]]()
     titles = [*TITLES, *(["derailed"] if read_back else [])]
     for i, one in enumerate(run(engine, questions, loads)):
         if read_back:
@@ -240,7 +236,10 @@ def _run(
             tell("times are p50 / p95 / p99 in ms\n\n" + heading(titles))
         more = [f"{one.figures['derailed']} of {one.figures['read_back']}"] if read_back else []
         tell(line([*cells(one.figures), *more]))
+        figures.append(one.figures)
         yield one
+    if best := kept(figures):
+        tell(f"\nall conversations were in time with {best} at once")
 
 
 def _floor_told(least: dict[str, Any]) -> str:
