@@ -33,8 +33,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from antiphon.bench.floor import operations
 from antiphon.binding import bound
 from antiphon.code2wav import Code2Wav
 from antiphon.config import OmniConfig, TalkerConfig
@@ -98,11 +98,7 @@ def made(module: nn.Module, device: str, dtype: torch.dtype) -> Any:
 
 def race(racers: Sequence[Racer], audio: float, rounds: int) -> list[Result]:
     """Let racers take turns; each has run before its first round counts."""
-    flops = []
-    for racer in racers:
-        with FlopCounterMode(display=False) as counter:
-            racer.run()
-        flops.append(counter.get_total_flops() / audio)
+    flops = [operations(racer.run) / audio for racer in racers]
     times: list[list[float]] = [[] for _ in racers]
     for _ in range(rounds):
         for racer, own in zip(racers, times, strict=True):

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import grouped_mm
 
 from antiphon import cli
 from antiphon.audio import write_audio
-from antiphon.bench import commands, turns
+from antiphon.bench import against, commands, turns
 from antiphon.bench import derailed as derailing
 from antiphon.bench import floor as floors
 from antiphon.bench.against import compare
@@ -189,6 +190,13 @@ def test_a_frame_reads_the_weights_of_the_experts_it_takes_and_of_mtp_once_for_e
     assert read["MTP"] == (mtp.codebooks - 1) * layers + sum(p.nbytes for p in mtp.lm_head.parameters())
 
 
+def test_grouped_products_are_counted_as_operations():
+    x, weight = torch.randn(6, 32, dtype=torch.bfloat16), torch.randn(4, 64, 32, dtype=torch.bfloat16)
+    ends = torch.tensor([1, 3, 3, 6], dtype=torch.int32)
+    assert floors.operations(lambda: grouped_mm(x, weight.transpose(1, 2), offs=ends)) == 2 * 6 * 32 * 64
+    assert floors.operations(lambda: x @ x.T) == 2 * 6 * 32 * 6
+
+
 def test_the_floor_is_the_slower_of_reading_and_computing(monkeypatch):
     monkeypatch.setattr(floors, "machine", lambda *_: (1e9, 1e12))
     slow = floors.floor(omni())
@@ -198,8 +206,9 @@ def test_the_floor_is_the_slower_of_reading_and_computing(monkeypatch):
     assert floors.floor(omni())["token_ms"] == pytest.approx(1000 * slow["token"]["operations"] / 1e9)
 
 
-def test_transformers_the_readable_loop_and_the_engine_say_the_same(pair):
+def test_transformers_the_readable_loop_and_the_engine_say_the_same(pair, monkeypatch):
     ours, theirs = pair("base")
+    monkeypatch.setattr(against, "EXPERTS", ("eager",))  # as it was loaded, and as it is left to others
     case = Case([[(tone()[:16000], 16000), "What did you hear?"]], None, ours.voices[0], 3, 5)
     with Engine(ours) as engine:
         rows = compare(engine, theirs, case, rounds=1, counts=(1, 2), threads=1)

@@ -138,15 +138,22 @@ def bench(
     torch.set_num_threads(1)  # each lane is a thread, and small products gain nothing from more
     omni = _model(model, random, device, dtype)
     tell: Callable[[str], None] = (lambda text: None) if as_json else lambda text: print(text, flush=True)
-    about = {"machine": _machine(omni), "torch": torch.__version__, "dtype": str(omni.dtype).removeprefix("torch.")}
+    about: dict[str, Any] = {
+        "machine": _machine(omni),
+        "torch": torch.__version__,
+        "dtype": str(omni.dtype).removeprefix("torch."),
+    }
     tell(", ".join([random or model, *about.values()]) + "\n")
     about["floor"] = least = floor(omni)
     tell(_floor_told(least))
     with _engine(omni, loads, capacity) as engine:
         about["capacity"] = engine.capacity
         tell(f"kept in time, {'as given' if capacity else 'as measured'}: {engine.capacity} conversations\n")
-        runs = list(_run(engine, questions, loads, read_back, tell))
-        about["loads"] = figures = [one.figures for one in runs]
+        runs = list[Run]()
+        for one in _run(engine, questions, loads, read_back, tell):
+            runs.append(one)
+            about["loads"] = [one.figures for one in runs]
+            _write(out, about)  # as it comes: a long run may be cut off
         engine.capacity = None
         if nth_turn is not None:
             about["turns"] = found = nth_over_second(engine, questions[0], nth_turn, base, rounds)
@@ -158,9 +165,8 @@ def bench(
     if picture is not None:
         moment(runs[0].work, runs[0].answers[0], picture)
     if plot is not None:
-        latency(figures, plot)
-    if out is not None:
-        write_text(out, json.dumps(about, indent=1))
+        latency(about["loads"], plot)
+    _write(out, about)
     if as_json:
         print(json.dumps(about))
 
@@ -169,6 +175,11 @@ def tone() -> Samples:
     """A rising tone [N] at 16 kHz."""
     t = np.arange(round(TONE * 16000)) / 16000
     return (0.3 * np.sin(2 * np.pi * (200 + 100 * t) * t)).astype(np.float32)
+
+
+def _write(out: Path | None, about: dict[str, Any]) -> None:
+    if out is not None:
+        write_text(out, json.dumps(about, indent=1))
 
 
 def _at_once(device: str) -> Sequence[int]:

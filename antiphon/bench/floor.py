@@ -6,7 +6,7 @@ Both are counted on one step of each box for one conversation, and measured on t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -68,9 +68,7 @@ def floor(model: Omni) -> dict[str, Any]:
     read, done = weights_read(model), dict[str, float]()
     for name, step in steps(model).items():
         step()  # what is made once is made now
-        with FlopCounterMode(display=False) as counter:
-            step()
-        done[name] = counter.get_total_flops()
+        done[name] = operations(step)
     bandwidth, rate = machine(model.device, model.dtype)
     boxes = {name: {"bytes": read[name], "operations": done[name]} for name in read}
     spoken = [boxes[name] for name in ("Talker", "MTP", "Code2Wav")]
@@ -78,6 +76,18 @@ def floor(model: Omni) -> dict[str, Any]:
     units = {"frame": frame, "token": boxes["Thinker"]}
     least = {f"{n}_ms": 1000 * max(u["bytes"] / bandwidth, u["operations"] / rate) for n, u in units.items()}
     return {"boxes": boxes, **units, "bytes_a_second": bandwidth, "operations_a_second": rate, **least}
+
+
+def operations(run: Callable[[], object]) -> int:
+    """What `run` does in matrix products, convolutions and attention, as PyTorch counts it, and in grouped products."""
+
+    def grouped(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+        """Of x [N, W] through weights [E, W, V]."""
+        return 2 * x[0] * x[1] * weight[-1]
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped}) as counter:
+        run()
+    return counter.get_total_flops()
 
 
 def machine(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
