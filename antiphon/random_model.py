@@ -48,6 +48,8 @@ def random_model(name: str | Path, device: torch.device | str = "cpu", dtype: to
     model.thinker.lm_head.weight[config.im_end_token_id] = 0  # a score of 0 is never among the best
     if model.speech is not None and config.talker is not None:
         model.speech.talker.codec_head.weight[config.talker.codec_eos_token_id] = 0
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()  # what was drawn in is free for caches
     return model
 
 

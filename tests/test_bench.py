@@ -31,7 +31,7 @@ from antiphon.generate import Done, collect
 from antiphon.layers import Experts
 from antiphon.random_model import random_model, shape_of
 from antiphon.transcripts import Piece, Transcript
-from benchmarks.races import FlatTalker, lines, parameters, race, right_context, talkers
+from benchmarks.races import FlatTalker, decoders, lines, parameters, race, right_context, talkers
 from tests.models import IDS, config_json, omni, script
 
 QUESTION = (tone()[:8000], 16000)
@@ -336,3 +336,13 @@ def test_right_context_is_what_changes_before_its_cause():
     x = torch.arange(40.0)[None] ** 2
     assert right_context(looks_ahead, x, 2) == 6
     assert right_context(lambda x: x[0].cumsum(0), x, 1) == 0
+
+
+@pytest.mark.long
+def test_code2wav_waits_for_no_later_code_and_token2wav_for_more_than_a_block(shape):
+    _, config = shape_of(shape)
+    with torch.inference_mode():
+        racers, (streamed, whole, theirs) = decoders(config, 20, "cpu", torch.float32, published=False)
+    assert streamed == whole == 0
+    assert 0.24 < theirs < 1.6  # a block of its transformer is 240 ms; the clip ends here
+    assert [racer.name.split(",")[0] for racer in racers] == ["Code2Wav", "Code2Wav", "token2wav"]
