@@ -36,10 +36,12 @@ check: $(STAMP)
 parity: $(STAMP)
 	$(BIN)/python -m tests.parity_table
 
-## the engine under load (docs/performance.md), frames per second over transformers, and what the peak so far changes
+## the engine under load and beside transformers (docs/performance.md), the races, the readable loop, the peak so far
 bench: $(STAMP)
-	$(BIN)/antiphon bench tiny --question examples/question.wav
-	$(BIN)/python -m benchmarks.engine
+	$(BIN)/antiphon bench tiny --question examples/question.wav -c 1 -c 2 -c 4 -c 8 --read-back
+	$(BIN)/antiphon bench tiny --question examples/question.wav --rate 0.5 --rate 1 --rate 2
+	$(BIN)/antiphon bench tiny --question examples/question.wav --against transformers --nth-turn 50
+	$(BIN)/python -m benchmarks.races
 	$(BIN)/python -m benchmarks.vs_transformers
 	$(BIN)/python -m benchmarks.front_end_peak
 

@@ -15,9 +15,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from antiphon.audio import Samples, read_audio
+from antiphon.bench.commands import bench
 from antiphon.config import OmniConfig
 from antiphon.config_json import read_config
-from antiphon.engine.commands import bench
 from antiphon.errors import AntiphonError, AudioError, InputError
 from antiphon.evaluate.commands import evaluate, trace, verify_command
 from antiphon.files import check_target

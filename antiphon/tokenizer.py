@@ -144,7 +144,7 @@ class StreamDecoder:
 
 
 def byte_tokenizer(config: OmniConfig) -> Tokenizer:
-    """One token per byte, for proofs on random checkpoints that came without a tokenizer.
+    """One token per byte, for random checkpoints that came without a tokenizer; every other id reads as its number.
 
     Raises:
         InputError: the vocabulary has no room for 256 bytes beside the control ids.
@@ -153,7 +153,10 @@ def byte_tokenizer(config: OmniConfig) -> Tokenizer:
     free = [i for i in range(min(config.text.vocab_size, 256 + len(control))) if i not in control]
     if len(free) < 256:
         raise InputError(f"a vocabulary of {config.text.vocab_size} ids has no room for bytes; add tokenizer files")
-    backend = tokenizers.Tokenizer(models.BPE(dict(zip(_byte_alphabet(), free, strict=False)), []))
+    spelled = dict(zip(_byte_alphabet(), free, strict=False))
+    others = set(range(config.text.vocab_size)) - control - set(spelled.values())
+    spelled |= {f"Ġ{i}": i for i in others}  # a space and the number; without merges no text becomes one of them
+    backend = tokenizers.Tokenizer(models.BPE(spelled, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     end = config.audio_start_token_id if config.audio_end_token_id is None else config.audio_end_token_id
     return Tokenizer(backend, replace(config, audio_end_token_id=end))

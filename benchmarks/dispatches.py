@@ -9,14 +9,14 @@ the Thinker where the text goes on. Counts are the same on every machine with th
 import argparse
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from antiphon.binding import bound
+from antiphon.bench.floor import steps
 from antiphon.generate import Omni, load
 from benchmarks.vs_transformers import SHAPES
 from tests.shapes import write_shape
@@ -32,24 +32,6 @@ class Dispatches(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Sequence[Any], args: Any = (), kwargs: Any = None) -> Any:
         self.names[str(func)] += 1
         return func(*args, **(kwargs or {}))
-
-
-def steps(model: Omni) -> dict[str, Callable[[], object]]:
-    """One step of each box that a frame takes."""
-    speech, device, dtype = model.speaking(), model.device, model.dtype
-    thought, said = model.thinker.init_state(1, 512, device, dtype), speech.talker.init_state(1, 512, device, dtype)
-    frame, sound = speech.mtp.init_state(1, device, dtype), speech.code2wav.init_state(1, device, dtype)
-    think, talk, decode = bound(model.thinker), bound(speech.talker), bound(speech.code2wav)
-    predict = speech.mtp.bind_predict()
-    word = torch.randn(1, 1, model.thinker.config.hidden_size, device=device, dtype=dtype)
-    hidden = torch.randn(1, speech.talker.config.text.hidden_size, device=device, dtype=dtype)
-    codes = torch.zeros(1, 1, speech.mtp.codebooks, device=device, dtype=torch.long)
-    return {
-        "Thinker": lambda: model.thinker.logits(think(word, thought)[0]),
-        "Talker": lambda: speech.talker.codec_head(talk(hidden[:, None], said)),
-        "MTP": lambda: predict(hidden, hidden, lambda logits, codebook: logits.argmax(-1), frame),
-        "Code2Wav": lambda: decode(codes, sound),
-    }
 
 
 @torch.inference_mode()

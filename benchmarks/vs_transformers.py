@@ -12,20 +12,20 @@ import os
 import platform
 import statistics
 import tempfile
-import time
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from antiphon.audio import Samples
-from antiphon.generate import AudioDelta, Done, Omni, Options, Session, load
-from antiphon.sampling import GREEDY, Sampling
+from antiphon.bench.against import fastest_experts, readable, theirs
+from antiphon.evaluate.reference import load_reference
+from antiphon.evaluate.stages import Case, spelled
+from antiphon.generate import load
 from tests.shapes import write_shape
 
+RATE = 16000  # Hz, of the question
 # a model of a size that two cores can hold in real time: about 20 M parameters, 16 codebooks
 LAPTOP: dict[str, Any] = {
     "audio": {"d_model": 192, "encoder_layers": 6, "encoder_attention_heads": 4, "encoder_ffn_dim": 768, "bins": 128},
@@ -65,103 +65,38 @@ RELEASE: dict[str, Any] = {
 SHAPES = {"odd": ("odd", {}), "laptop": ("base", LAPTOP), "release": ("base", RELEASE)}
 
 
-EXPERTS = (
-    "grouped_mm",
-    "batched_mm",
-    "eager",
-)  # transformers' ways to run experts that need no GPU; the first by default
-
-
-def question(rate: int = 16000) -> Samples:
-    """Two seconds of a rising tone."""
-    t = np.arange(2 * rate) / rate
-    return (0.3 * np.sin(2 * np.pi * (200 + 200 * t) * t)).astype(np.float32)
-
-
-def ours(model: Omni, options: Options) -> tuple[float, float, list[int], list[int]]:
-    """Seconds for the whole answer, seconds to its first sound, what was read and what was said."""
-    start, first = time.perf_counter(), float("nan")
-    session = Session(model)
-    session.append_clip(question(), 16000)
-    session.append_text("What did you hear?")
-    session.commit()
-    prompt = list(session.ids)
-    for event in session.respond(options):
-        if isinstance(event, AudioDelta) and event.frame == 0:
-            first = time.perf_counter() - start
-        if isinstance(event, Done):
-            return time.perf_counter() - start, first, prompt, event.reply.text_ids
-    raise RuntimeError("no answer")
-
-
-def theirs(model: Any, options: Options, ids: list[int]) -> tuple[float, list[int]]:
-    """Seconds for the whole answer by transformers, whose first sound comes with its last, and what was said."""
-    from transformers import WhisperFeatureExtractor
-
-    start = time.perf_counter()
-    extract: Any = WhisperFeatureExtractor(feature_size=model.config.thinker_config.audio_config.num_mel_bins)
-    features = extract(question(), sampling_rate=16000, padding=True, truncation=False, return_tensors="pt")
-    mel = features.input_features
-    text, _ = model.generate(
-        input_ids=torch.tensor([ids]),
-        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-        input_features=mel,
-        feature_attention_mask=torch.ones(1, mel.shape[2], dtype=torch.long),
-        speaker=options.voice,
-        thinker_max_new_tokens=options.max_text_tokens,
-        thinker_do_sample=False,
-        thinker_eos_token_id=model.config.im_end_token_id,
-        talker_max_new_tokens=options.max_frames + 1,
-        talker_do_sample=False,
-    )
-    return time.perf_counter() - start, text[0, len(ids) :].tolist()
+def case(voice: str, frames: int) -> Case:
+    """Two seconds of a rising tone and a written question, to be answered in so many frames."""
+    t = np.arange(2 * RATE) / RATE
+    tone = (0.3 * np.sin(2 * np.pi * (200 + 200 * t) * t)).astype(np.float32)
+    return Case([[(tone, RATE), "What did you hear?"]], None, voice, frames // 2, frames)
 
 
 def race(shape: str, frames: int, rounds: int, threads: list[int]) -> None:
     """Print the rows of one shape: both systems, with each number of threads."""
-    from transformers import Qwen3OmniMoeForConditionalGeneration
-
     warnings.simplefilter("ignore")
     base, changes = SHAPES[shape]
     with tempfile.TemporaryDirectory() as folder:
         write_shape(base, Path(folder), **changes)
         model = load(folder)
-        other: Any = Qwen3OmniMoeForConditionalGeneration.from_pretrained(folder).eval()
-    greedy = Sampling(0.0, repetition_penalty=1.05)
-    options = Options(model.voices[0], True, 0, frames // 2, frames, GREEDY, greedy, GREEDY, verbatim=True)
-    ids = [*ours(model, options)[2], *session_opening(model)]
+        other = load_reference(Path(folder), model.dtype)
+    asked = case(model.voices[0], frames)
+    ids = spelled(asked, model.config, model.tokenizer)
     name = f"{shape} ({sum(p.numel() for p in model.parameters()) / 1e6:.1f} M)"
     for count in threads:
         torch.set_num_threads(count)
-        experts = fastest_experts(other, options, ids)
-        ours(model, options)  # both are warm now
-        pairs = [(ours(model, options), theirs(other, options, ids)) for _ in range(rounds)]
-        assert all(a[3] == b[1][: len(a[3])] for a, b in pairs), "the two disagree: run antiphon verify"
-        mine, his = statistics.median(a[0] for a, _ in pairs), statistics.median(b[0] for _, b in pairs)
-        ratios = sorted(b[0] / a[0] for a, b in pairs)
-        sooner = statistics.median(b[0] / a[1] for a, b in pairs)
+        experts = fastest_experts(other, asked, ids)
+        readable(model, asked)  # both are warm now
+        pairs = [(readable(model, asked), theirs(other, asked, ids)) for _ in range(rounds)]
+        assert all(a.ids == b.ids[: len(a.ids)] for a, b in pairs), "the two disagree: run antiphon verify"
+        mine, his = statistics.median(a.seconds for a, _ in pairs), statistics.median(b.seconds for _, b in pairs)
+        ratios = sorted(b.seconds / a.seconds for a, b in pairs)
+        sooner = statistics.median(b.seconds / a.first for a, b in pairs)
         print(
             f"| {name} | {count} | {frames / mine:.1f} | {frames / his:.1f} ({experts}) "
             f"| **{statistics.median(ratios):.1f}** ({ratios[0]:.1f} to {ratios[-1]:.1f}) | {sooner:.0f} times |",
             flush=True,
         )
-
-
-def fastest_experts(other: Any, options: Options, ids: list[int]) -> str:
-    """Let transformers use the fastest of its ways to run experts, by the second of two short answers of each."""
-    seconds, options = {}, replace(options, max_text_tokens=5, max_frames=10)
-    for name in EXPERTS:
-        other.set_experts_implementation(name)
-        theirs(other, options, ids)
-        seconds[name] = theirs(other, options, ids)[0]
-    best = min(seconds, key=seconds.__getitem__)
-    other.set_experts_implementation(best)
-    return best
-
-
-def session_opening(model: Omni) -> list[int]:
-    """Ids that open the assistant's turn."""
-    return Session(model).writer.open_reply()
 
 
 def main() -> None:

@@ -1,8 +1,7 @@
 """Small models with random weights, made without transformers from a config.json of our own.
 
-`omni()` is a whole Omni with its tokenizer. Weights have a standard deviation of 1/sqrt(fan-in), biases are small,
-scales are not, and the last convolution is scaled so that sound has an rms of 0.2: a comparison over all-zero or
-saturating values would prove nothing (`test_generate.py` asserts it).
+`omni()` is a whole Omni with its tokenizer. Its weights are those of `random_model.randomize`: a comparison over
+all-zero or saturating values would prove nothing (`test_generate.py` asserts that they are neither).
 """
 
 import json
@@ -14,13 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import antiphon.generate
-from antiphon.code2wav import Code2Wav, ConvNeXtBlock, SnakeBeta
 from antiphon.config_json import parse_config
 from antiphon.generate import Omni, Session, Thought
-from antiphon.layers import LayerScale, RMSNorm
+from antiphon.random_model import randomize
 from antiphon.tokenizer import Tokenizer
 from antiphon.weights import build, save_checkpoint
 from tests.tiny_tokenizer import tiny_backend, token_ids, write_tokenizer
@@ -86,50 +84,6 @@ def config_json(ids: Mapping[str, int], changes: Mapping[str, Any] | None = None
         else:
             section[last] = value
     return config
-
-
-@torch.no_grad()
-def randomize(model: nn.Module, seed: int = 0) -> None:
-    """Weights of std 1/sqrt(fan-in), norms and scales near their neutral values, nothing zero."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def noise(like: Tensor, scale: float) -> Tensor:
-        return scale * torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
-
-    for where, module in model.named_modules():
-        for name, p in module.named_parameters(recurse=False):
-            if isinstance(module, LayerScale) or (isinstance(module, ConvNeXtBlock) and name == "gamma"):
-                p.copy_(0.3 + noise(p, 0.05))
-            elif isinstance(module, RMSNorm | nn.LayerNorm) and name == "weight":
-                sharp = where.endswith(("q_norm", "k_norm"))  # so that single positions count, not only their mean
-                p.copy_((2 if sharp else 1) + noise(p, 0.1))
-            elif isinstance(module, SnakeBeta) or p.ndim == 1:  # SnakeBeta keeps logarithms: alpha and beta about 1
-                p.copy_(noise(p, 0.1))
-            elif isinstance(module, nn.Embedding):
-                p.copy_(noise(p, 0.1))  # small, so that what was said before counts
-            elif isinstance(module, nn.ConvTranspose1d):
-                p.copy_(noise(p, (p.shape[0] * p.shape[2] / module.stride[0]) ** -0.5))
-            elif isinstance(module, nn.Conv2d):  # twice as large, so that AuT hears more than its own positions
-                p.copy_(noise(p, 2 * (p.numel() / len(p)) ** -0.5))
-            elif isinstance(module, nn.Conv1d):  # a branch is smaller than its trunk, or sin² would turn many times
-                p.copy_(noise(p, (0.3 if where.endswith("conv2.conv") else 1) * (p.numel() / len(p)) ** -0.5))
-            else:  # linear maps, routers and stacks of experts
-                p.copy_(noise(p, p.shape[-1] ** -0.5))
-    for module in model.modules():
-        if isinstance(module, Code2Wav):
-            _calm(module, generator)
-
-
-def _calm(decoder: Code2Wav, generator: torch.Generator) -> None:
-    """Scale the last convolution so that sound has no offset and an rms of 0.2."""
-    last: Any = decoder.decoder[-1]
-    last.conv.weight *= 1e-3  # far from the clamp while it is measured
-    shape = (1, 64, decoder.config.num_quantizers)
-    wave = decoder(torch.randint(0, decoder.config.codebook_size, shape, generator=generator))
-    scale = 0.2 / wave.std()
-    last.conv.bias -= wave.mean()
-    last.conv.weight *= scale
-    last.conv.bias *= scale
 
 
 IDS = token_ids(tiny_backend(VOCAB))  # of the control tokens, as every small config needs them

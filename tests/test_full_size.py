@@ -9,67 +9,13 @@ import pytest
 import torch
 
 from antiphon.config import OmniConfig
-from antiphon.config_json import parse_config
+from antiphon.config_json import parse_config, read_json
 from antiphon.model import Boxes
+from antiphon.random_model import RELEASE
 from antiphon.weights import released_names, released_tensors
 
 META = torch.device("meta")
-ROPE = {"mrope_section": [24, 20, 20], "mrope_interleaved": True, "rope_type": "default"}
-COMMON = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1000000, "attention_bias": False}
-DECODER = {
-    **COMMON,
-    **{"head_dim": 128, "num_experts": 128, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
-    **{"max_position_embeddings": 65536, "rope_scaling": ROPE, "tie_word_embeddings": False},
-}
-RELEASED: dict[str, Any] = {  # config.json of Qwen3-Omni-30B-A3B-Instruct, as far as audio and text go
-    "model_type": "qwen3_omni_moe",
-    "enable_audio_output": True,
-    **{"im_start_token_id": 151644, "im_end_token_id": 151645, "tts_pad_token_id": 151671, "tts_bos_token_id": 151672},
-    **{"tts_eos_token_id": 151673, "system_token_id": 8948, "user_token_id": 872, "assistant_token_id": 77091},
-    "thinker_config": {
-        **{"audio_start_token_id": 151669, "audio_end_token_id": 151670, "audio_token_id": 151675},
-        **{"image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652},
-        **{"vision_end_token_id": 151653, "position_id_per_seconds": 13, "seconds_per_chunk": 2},
-        "audio_config": {
-            **{"num_mel_bins": 128, "d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20},
-            **{"encoder_ffn_dim": 5120, "activation_function": "gelu", "downsample_hidden_size": 480},
-            **{"output_dim": 2048, "n_window": 50, "n_window_infer": 800, "conv_chunksize": 500},
-            **{"max_source_positions": 1500, "scale_embedding": False},
-        },
-        "text_config": {
-            **{"num_hidden_layers": 48, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4},
-            **{"num_experts_per_tok": 8, "moe_intermediate_size": 768, "shared_expert_intermediate_size": 0},
-            **{"vocab_size": 152064, **DECODER},
-        },
-    },
-    "talker_config": {
-        **{"accept_hidden_layer": 24, "num_code_groups": 16, "thinker_hidden_size": 2048},
-        **{"codec_pad_id": 2148, "codec_bos_id": 2149, "codec_eos_token_id": 2150, "codec_nothink_id": 2155},
-        **{"codec_think_bos_id": 2156, "codec_think_eos_id": 2157, "audio_start_token_id": 151669},
-        **{"audio_end_token_id": 151670, "audio_token_id": 151675, "image_token_id": 151655, "video_token_id": 151656},
-        **{"vision_start_token_id": 151652, "position_id_per_seconds": 13, "seconds_per_chunk": 2},
-        "spatial_merge_size": 2,
-        "speaker_id": {"chelsie": 2301, "ethan": 2302, "aiden": 2303},
-        "text_config": {
-            **{"num_hidden_layers": 20, "hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 2},
-            **{"num_experts_per_tok": 6, "moe_intermediate_size": 384, "shared_expert_intermediate_size": 768},
-            **{"vocab_size": 3072, **DECODER},
-        },
-        "code_predictor_config": {
-            **{"num_hidden_layers": 5, "hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8},
-            **{"head_dim": 128, "intermediate_size": 3072, "vocab_size": 2048, "num_code_groups": 16},
-            **{"max_position_embeddings": 32768, **COMMON},
-        },
-    },
-    "code2wav_config": {
-        **{"codebook_size": 2048, "num_quantizers": 16, "hidden_size": 1024, "intermediate_size": 3072},
-        **{"num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 16, "sliding_window": 72},
-        **{"layer_scale_initial_scale": 0.01, "max_position_embeddings": 8000, "decoder_dim": 1536},
-        **{"upsample_rates": [8, 5, 4, 3], "upsampling_ratios": [2, 2], "attention_dropout": 0.0},
-        **COMMON,
-        **{"rms_norm_eps": 1e-5, "rope_theta": 10000},
-    },
-}
+RELEASED = read_json(RELEASE / "config.json")
 # The release's tensors outside thinker.visual.*, folded: {0..31} stands for a range, {k,v} for alternatives.
 TENSORS = """
 thinker.audio_tower.

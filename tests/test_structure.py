@@ -30,11 +30,11 @@ ORDER: list[set[str]] = [
     {"conversation"},
     {"generate"},
     {"__init__"},
-    {"transcripts", "terminal", "report"},
+    {"transcripts", "terminal", "report", "random_model"},
     {"error_rates", "engine/"},
     {"train/"},
     {"evaluate/"},
-    {"serve/"},
+    {"bench/", "serve/"},
     {"scale/"},
     {"cli", "__main__"},
 ]

@@ -212,6 +212,8 @@ def test_bytes_are_a_tokenizer_for_checkpoints_without_one(one):
     assert len(ids) == len(TEXTS[3].encode())
     assert plain.decode(ids) == TEXTS[3]
     assert plain.decode([one.config.im_end_token_id]) == ""
+    assert plain.decode([600, 601]) == " 600 601"
+    assert len(plain.encode(" 600")) == 4
     assert TurnWriter(plain).turn("user", "a")[:2] == [one.config.im_start_token_id, one.config.user_token_id]
     with pytest.raises(InputError, match="no room"):
         byte_tokenizer(text_config(dict(zip(NAMES, range(11), strict=True)), vocab_size=266))

@@ -134,15 +134,7 @@ def _features(model: Any, clips: Sequence[tuple[Samples, int]]) -> tuple[dict[st
     """Generation inputs for the clips and the stages mel and audio_features, every clip on its own."""
     if not clips:
         return {}, {}
-    from transformers import WhisperFeatureExtractor
-
-    extract: Any = WhisperFeatureExtractor(feature_size=model.config.thinker_config.audio_config.num_mel_bins)
-    rate = extract.sampling_rate
-    mels = []
-    for samples, source_rate in clips:
-        wave = Resampler(source_rate, rate)(torch.from_numpy(samples)[None])[0].numpy()
-        mel = extract(wave, sampling_rate=rate, padding=True, truncation=False, return_tensors="pt").input_features[0]
-        mels.append(mel[:, : len(wave) // rate * 100 + len(wave) % rate // extract.hop_length])
+    mels = [_mel(model, *clip) for clip in clips]
     tower = model.thinker.model.audio_tower
     lengths = [torch.tensor([mel.shape[1]], device=model.device) for mel in mels]
     encoded = [tower(m.to(model.device), feature_lens=n) for m, n in zip(mels, lengths, strict=True)]
@@ -152,6 +144,45 @@ def _features(model: Any, clips: Sequence[tuple[Samples, int]]) -> tuple[dict[st
     mask = torch.stack([(torch.arange(longest) < mel.shape[1]).long() for mel in mels])
     inputs = {"input_features": padded.to(model.device), "feature_attention_mask": mask.to(model.device)}
     return inputs, {"mel": torch.cat(mels, 1), "audio_features": features}
+
+
+def _mel(model: Any, samples: Samples, source_rate: int) -> Tensor:
+    """Normalised log-mel [F, frames] of a clip by transformers' front end."""
+    from transformers import WhisperFeatureExtractor
+
+    extract: Any = WhisperFeatureExtractor(feature_size=model.config.thinker_config.audio_config.num_mel_bins)
+    rate = extract.sampling_rate
+    wave = Resampler(source_rate, rate)(torch.from_numpy(samples)[None])[0].numpy()
+    mel = extract(wave, sampling_rate=rate, padding=True, truncation=False, return_tensors="pt").input_features[0]
+    return mel[:, : len(wave) // rate * 100 + len(wave) % rate // extract.hop_length]
+
+
+def reference_answer(model: Any, case: Case, prompt_ids: Tensor) -> list[int]:
+    """Text ids of transformers' answer to one clip and a text, as its `generate` comes: sound and all, to the end."""
+    (clip,) = [part for part in case.turns[0] if not isinstance(part, str)]
+    ids, mel = prompt_ids[None].to(model.device), _mel(model, *clip)[None].to(model.device)
+    with _quiet(), torch.no_grad():
+        text, _ = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            input_features=mel,
+            feature_attention_mask=torch.ones(1, mel.shape[2], dtype=torch.long, device=model.device),
+            **_limits(model, case),
+        )
+    return text[0, len(prompt_ids) :].tolist()
+
+
+def _limits(model: Any, case: Case) -> dict[str, Any]:
+    """How transformers' `generate` is to answer a case."""
+    return {
+        "speaker": case.voice,
+        "thinker_max_new_tokens": case.max_text_tokens,
+        "thinker_do_sample": False,
+        "thinker_eos_token_id": model.config.im_end_token_id,
+        "talker_do_sample": False,
+        "talker_max_new_tokens": case.max_frames + 1,
+        "talker_repetition_penalty": case.repetition_penalty,
+    }
 
 
 def reference_prompt(folder: Path, config: Any, case: Case) -> Tensor:
@@ -205,21 +236,13 @@ def _generate(
 
     everything = {"output_hidden_states": True, "return_dict_in_generate": True}
     common = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None]), **inputs}
-    thinker = {"max_new_tokens": case.max_text_tokens, "do_sample": False, "output_logits": True}
-    thinker["eos_token_id"] = model.config.im_end_token_id
+    limits = {**_limits(model, case), "thinker_output_logits": True, "talker_output_logits": True}
     with patch.object(model.thinker.model, "get_audio_features", features), suppress(_Enough):
         if case.voice is None:
+            thinker = {n.removeprefix("thinker_"): v for n, v in limits.items() if n.startswith("thinker_")}
             return {"thinker": model.thinker.generate(**common, **thinker, **everything)}
         with patch.object(model.thinker, "generate", text), patch.object(model.talker, "generate", codes):
-            model.generate(
-                **common,
-                **{f"thinker_{name}": value for name, value in thinker.items()},
-                speaker=case.voice,
-                talker_do_sample=False,
-                talker_max_new_tokens=case.max_frames + 1,
-                talker_repetition_penalty=case.repetition_penalty,
-                talker_output_logits=True,
-            )
+            model.generate(**common, **limits)
     return caught
 
 

@@ -6,14 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from antiphon.engine.bench import Answered
+from antiphon.bench.load import Answered
 from antiphon.engine.call import Work
 from antiphon.errors import InputError
 
 BEFORE, AFTER = 0.1, 0.3  # seconds around the end of a question
-COLOURS = {"wish": "#8da0cb", "thinker": "#66c2a5", "draw": "#a6d854", "talker": "#fc8d62", "frame": "#e78ac3"}
+OTHER = "#d9d9d9"  # work that has no colour of its own
+COLOURS = {
+    "wish": "#b3b3b3",
+    "aut": "#8da0cb",
+    "thinker": "#66c2a5",
+    "draw": "#a6d854",
+    "talker": "#fc8d62",
+    "frame": "#e78ac3",
+}
 MEANING = {
-    "wish": "mel and AuT",
+    "wish": "mel",
+    "aut": "AuT",
     "thinker": "Thinker reads",
     "draw": "next token",
     "talker": "Talker reads along",
@@ -28,7 +37,8 @@ def moment(work: Sequence[Work], answer: Answered, path: Path) -> None:
     for one in work:
         if -BEFORE <= one.start - answer.asked <= AFTER:
             place = (1000 * (one.start - answer.asked), 1000 * (one.stop - one.start))
-            axes.barh(lanes[one.lane], place[1], left=place[0], height=0.7, color=COLOURS[one.name], label=one.name)
+            colour = COLOURS.get(one.name, OTHER)
+            axes.barh(lanes[one.lane], place[1], left=place[0], height=0.7, color=colour, label=one.name)
     for i, at in enumerate(at for at in answer.packets if at < answer.asked + AFTER):
         axes.annotate(
             "", (1000 * (at - answer.asked), -0.95), (1000 * (at - answer.asked), -0.4), arrowprops={"arrowstyle": "->"}
@@ -47,7 +57,7 @@ def moment(work: Sequence[Work], answer: Answered, path: Path) -> None:
         [shown[n] for n in known],
         [MEANING[n] for n in known],
         fontsize=7,
-        ncols=5,
+        ncols=6,
         loc="upper center",
         bbox_to_anchor=(0.5, -0.22),
         frameon=False,
@@ -56,13 +66,15 @@ def moment(work: Sequence[Work], answer: Answered, path: Path) -> None:
 
 
 def latency(figures: Sequence[dict[str, Any]], path: Path) -> None:
-    """From the last voiced sample to the first text, packet and sound, over conversations at once."""
+    """From the last voiced sample to the first text, packet and sound, over the load; closed loops if there are any."""
     axes, save = _figure(6, 3.6, path)
-    many = [one["conversations"] for one in figures]
+    closed = [one for one in figures if one["conversations"] is not None]
+    figures = closed or figures
+    many = [one["conversations"] if closed else one["rate"] for one in figures]
     for name, label in (("text", "first text"), ("code", "first packet"), ("sound", "first sound")):
         (line,) = axes.plot(many, [one[f"{name}_ms"]["p50"] for one in figures], marker="o", label=f"{label}, p50")
         axes.plot(many, [one[f"{name}_ms"]["p95"] for one in figures], linestyle=":", color=line.get_color())
-    axes.set_xlabel("conversations at once (dotted: p95)")
+    axes.set_xlabel(f"conversations {'at once' if closed else 'a second'} (dotted: p95)")
     axes.set_ylabel("ms after the last voiced sample")
     axes.set_xscale("log", base=2)
     axes.set_xticks(many, [str(c) for c in many])
