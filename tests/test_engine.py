@@ -601,6 +601,27 @@ def test_an_answer_begun_early_is_the_one_that_is_asked_for(seed):
     same(alone(seed, 2)[1], answer.reply())
 
 
+def test_an_answer_is_taken_over_while_the_talker_is_at_it(monkeypatch):
+    follow, begun, go = Speaking.follow, threading.Event(), threading.Event()
+
+    def slow(self: Speaking, calls: Any) -> None:
+        if any(call.is_guess for call in calls):
+            begun.set()
+            assert go.wait(30)
+        follow(self, calls)
+
+    monkeypatch.setattr(Speaking, "follow", slow)
+    with Engine(model()) as engine:
+        call = engine.open(window=1)
+        say(call, 1)
+        call.guess(**options(1))
+        assert begun.wait(30)
+        events = call.respond(**options(1))
+        threading.Event().wait(0.2)  # the other lane would have taken over by now, if it did not wait
+        go.set()
+        same(alone(1)[0], events.reply())
+
+
 def test_an_answer_begun_early_is_forgotten_when_the_user_goes_on():
     engine, call = guessing(1)
     call.append_text(" and more")

@@ -10,6 +10,7 @@ Shapes: T positions, U the Thinker's width, W the Talker's.
 from __future__ import annotations
 
 import queue
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
@@ -183,6 +184,11 @@ class House(Protocol):
         """All conversations, in a list that is never changed."""
         ...
 
+    @property
+    def speaking(self) -> threading.Lock:
+        """Held by the speaking lane in every step."""
+        ...
+
     def now(self) -> float:
         """Seconds on its clock."""
         ...
@@ -324,7 +330,8 @@ class Call:
         `ahead`: seconds that sound may be ahead of a listener who takes it in real time; an answer that has reached
         them yields to those that have not. None is as fast as it goes, after all others.
         """
-        if (guess := self._guess) is not None and guess.how == _how(options, changes):
+        guess = self._guess
+        if guess is not None and guess.how == _how(options, changes) and not (guess.call and guess.call.error):
             self._guess, guess.events.asked_at = None, self._house.now()
             self._asked.append(guess.events)
             self._wish(lambda: self._take_over(guess, options, ahead, changes)).add_done_callback(
@@ -492,8 +499,10 @@ class Call:
                 self._house.leave(fork)
             return self._begin(guess.events, options, ahead, changes)
         self._asked.remove(guess.events)
-        self._house.leave(fork)
-        self.session, self.reading, self.following, self.turn = fork.session, fork.reading, fork.following, fork.turn
+        with self._house.speaking:  # between two steps of the other lane, which may be at the fork
+            self._house.leave(fork)
+            self.session, self.reading, self.following = fork.session, fork.reading, fork.following
+            self.turn = fork.turn
         guess.events.limit = KEPT_FRAMES
         if self.turn is not None:
             self.turn.ahead, self.turn.first_at = ahead, self._house.now() if self.turn.frames else None

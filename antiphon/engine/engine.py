@@ -55,7 +55,7 @@ class Engine:
         self.lanes: Sequence[Lane] = [Thinking(self)] + ([Speaking(self)] if model.speech is not None else [])
         self._prefixes = OrderedDict[Any, EngineSession]()
         self._opened = 0
-        self._changed = threading.Condition()
+        self._changed, self.speaking = threading.Condition(), threading.Lock()
         self._ticket = 0  # changes with every reason to look for work
         self._threads: list[threading.Thread] = []
         self._running = False

@@ -332,9 +332,10 @@ class Speaking(Lane):
 
     def step(self) -> bool:
         """What the Talker has to read along, then one frame of every answer that is due."""
-        reading = [call for call in self.house.calls if call.following]
-        read = self.together("talker", reading, self.follow)
-        return self.together("frame", self.speaking(), self.frames) or read
+        with self.house.speaking:
+            reading = [call for call in self.house.calls if call.following]
+            read = self.together("talker", reading, self.follow)
+            return self.together("frame", self.speaking(), self.frames) or read
 
     def follow(self, calls: Sequence[Call]) -> None:
         """The Talker reads what is the users' of a chunk of each call."""
