@@ -601,23 +601,30 @@ def test_an_answer_begun_early_is_the_one_that_is_asked_for(seed):
     same(alone(seed, 2)[1], answer.reply())
 
 
-def test_an_answer_is_taken_over_while_the_talker_is_at_it(monkeypatch):
-    follow, begun, go = Speaking.follow, threading.Event(), threading.Event()
+def test_an_answer_is_taken_over_between_two_steps_of_the_speaking_lane(monkeypatch):
+    """Else the lane, which has just looked who is there, would meet the work twice: in the fork and in the call."""
+    fork, begun, go = Engine.fork, threading.Event(), threading.Event()
 
-    def slow(self: Speaking, calls: Any) -> None:
-        if any(call.is_guess for call in calls):
-            begun.set()
-            assert go.wait(30)
-        follow(self, calls)
+    class Slow(list[Call]):
+        def __iter__(self) -> Iterator[Call]:
+            if threading.current_thread().name.endswith("speaking") and not go.is_set() and self[-1].following:
+                begun.set()
+                assert go.wait(30)
+            return super().__iter__()
 
-    monkeypatch.setattr(Speaking, "follow", slow)
+    def forking(self: Engine, call: Call) -> Call:
+        made = fork(self, call)
+        self.calls = Slow(self.calls)
+        return made
+
+    monkeypatch.setattr(Engine, "fork", forking)
     with Engine(model()) as engine:
         call = engine.open(window=1)
         say(call, 1)
         call.guess(**options(1))
         assert begun.wait(30)
         events = call.respond(**options(1))
-        threading.Event().wait(0.2)  # the other lane would have taken over by now, if it did not wait
+        threading.Event().wait(0.3)  # the thinking lane would have taken over by now, if it did not wait
         go.set()
         same(alone(1)[0], events.reply())
 
