@@ -25,18 +25,20 @@ export class Conversation extends EventTarget {
     return this.socket?.readyState === WebSocket.OPEN;
   }
 
-  /** Connect and wait until there is a session. `key` is an API key, where the server asks for one. */
+  /** Connect and wait until there is a session, the lost one if it still waits. `key`: where the server asks for one. */
   async open(key) {
     const url = new URL("v1/realtime", location.href);
     url.protocol = url.protocol.replace("http", "ws");
     url.searchParams.set("model", "tiny");
-    if (this.token && Date.now() - this.lost < RESUME_FOR) {
+    const resuming = this.token && Date.now() - this.lost < RESUME_FOR;
+    if (resuming) {
       url.searchParams.set("session_id", this.session.id);
       url.searchParams.set("resume_token", this.token);
     }
     const protocols = ["realtime", ...(key ? [`openai-insecure-api-key.${key}`] : [])];
     const socket = (this.socket = new WebSocket(url, protocols));
-    await new Promise((resolve, reject) => {
+    const opened = new Promise((resolve, reject) => {
+      socket.onopen = () => resuming && resolve(); // who comes back is not greeted again
       socket.onmessage = ({ data }) => {
         const event = JSON.parse(data);
         this.take(event);
@@ -49,6 +51,13 @@ export class Conversation extends EventTarget {
         this.emit("closed", { code, reason });
       };
     });
+    try {
+      await opened;
+    } catch (error) {
+      this.token = null; // the lost session is gone: begin anew
+      if (resuming) return this.open(key);
+      throw error;
+    }
     this.update({});
   }
 
@@ -156,7 +165,7 @@ export class Conversation extends EventTarget {
 
   "session.created"({ session }) {
     this.session = session;
-    this.token = session.resume_token ?? null;
+    this.token = session.antiphon?.resume_token ?? null;
     this.emit("session", session);
   }
 
