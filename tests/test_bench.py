@@ -16,7 +16,7 @@ from antiphon.audio import write_audio
 from antiphon.bench import against, commands, turns
 from antiphon.bench import derailed as derailing
 from antiphon.bench import floor as floors
-from antiphon.bench.against import compare
+from antiphon.bench.against import compare, together
 from antiphon.bench.commands import tone
 from antiphon.bench.derailed import LOST, derailed, missing
 from antiphon.bench.figures import TITLES, cells, in_time, kept, run, summary, trace_of
@@ -25,6 +25,7 @@ from antiphon.bench.load import AUDIBLE, Answered, Load, ask, measure
 from antiphon.bench.pictures import latency, moment
 from antiphon.bench.turns import nth_over_second
 from antiphon.engine import Engine
+from antiphon.engine import call as calls
 from antiphon.errors import InputError
 from antiphon.evaluate.stages import Case
 from antiphon.generate import Done, collect
@@ -121,6 +122,14 @@ def test_an_answer_that_fails_is_counted():
     assert figures["sound_ms"] == {"p50": None, "p95": None, "p99": None}
     json.dumps(figures, allow_nan=False)
     assert len(cells(figures)) == len(TITLES)
+
+
+def test_a_conversation_that_cannot_begin_is_an_error_and_nobody_who_was_refused():
+    with Engine(omni()) as engine:
+        load = Load(2, turns=1, uploaded=True, window=3)
+        figures = summary(engine, load, measure(engine, [QUESTION], load), 1.0)
+    assert figures["errors"] == 2
+    assert figures["refused"] == figures["in_time"] == 0
 
 
 def test_a_conversation_is_kept_in_time_if_none_of_its_answers_is_late_or_fails():
@@ -220,6 +229,17 @@ def test_transformers_the_readable_loop_and_the_engine_say_the_same(pair, monkey
     assert all(row["frames_per_second"] > 0 and row["first_sound_ms"] > 0 for row in rows)
 
 
+def test_answers_at_once_do_not_wait_to_be_taken(monkeypatch):
+    monkeypatch.setattr(calls, "KEPT_FRAMES", 2)
+    case = Case([["What did you hear?"]], None, omni().voices[0], 8, 16)
+    with Engine(omni()) as engine:
+        engine.warm(2)
+        timed = together(engine, case, 2)
+        both = sum(work.name == "frame" and len(work.calls) == 2 for work in engine.work)
+    assert timed.frames == 2 * 16
+    assert both > 8  # where only two frames are kept for the second, it is hardly ever with the first
+
+
 def test_a_late_turn_is_timed_beside_the_second_of_a_fresh_conversation(monkeypatch):
     load = Load(uploaded=True, max_frames=2, max_text_tokens=3, verbatim=True)
     with Engine(omni()) as engine:
@@ -304,6 +324,7 @@ def test_bench_from_the_command_line(monkeypatch, capsys, shape, tmp_path):
         (("--rate", -1), "-c and --rate a number above zero"),
         (("--against", "transformers"), "give a MODEL instead of --random"),
         (("--nth-turn", 3, "--plot", "x.png"), "no load to draw"),
+        (("-c", 1, "--window", 3), "window is 3; expected one of"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(monkeypatch, capsys, shape, words, sentence):

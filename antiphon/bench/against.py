@@ -56,6 +56,8 @@ def together(engine: Engine, case: Case, count: int) -> Timed:
     for call in calls:
         _say(call, case)
     answers = [call.respond(case.options) for call in calls]
+    for events in answers:  # none waits until it is taken: they are, one after another
+        events.limit = case.max_frames + 1
     first, reply = _taken(answers[0], start)
     replies = [reply, *map(collect, answers[1:])]
     took = time.perf_counter() - start

@@ -137,6 +137,7 @@ def bench(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # each lane is a thread, and small products gain nothing from more
     omni = _model(model, random, device, dtype)
+    omni.session(window=window)  # what cannot be is refused before anything is measured
     tell: Callable[[str], None] = (lambda text: None) if as_json else lambda text: print(text, flush=True)
     about: dict[str, Any] = {
         "machine": _machine(omni),

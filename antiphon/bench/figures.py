@@ -68,9 +68,15 @@ def summary(engine: Engine, load: Load, answers: Sequence[Answered], seconds: fl
         "longest_gap_ms": round(1000 * max(gaps, default=0.0), 1),
         "replies_per_second": len(good) / seconds,
         "busy": computing / seconds,
-        "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 2**20),
-        "device_memory_mb": torch.cuda.max_memory_allocated() / 2**20 if engine.model.device.type == "cuda" else None,
+        **memory(engine.model.device),
     }
+
+
+def memory(device: torch.device) -> dict[str, float | None]:
+    """The most that the process, and on a GPU its tensors there, have held so far, in MB (2^20 bytes)."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 2**20)
+    tensors = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+    return {"memory_mb": most, "device_memory_mb": tensors}
 
 
 def in_time(answers: Sequence[Answered], frame: float) -> int:

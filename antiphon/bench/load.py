@@ -102,8 +102,9 @@ def _converse(
     sleep_until(when)
     try:
         call = engine.open(window=load.window)
-    except BusyError as error:
-        answers.append(Answered(time.perf_counter(), number, error=str(error), refused=True))
+    except AntiphonError as error:
+        refused = isinstance(error, BusyError)
+        answers.append(Answered(time.perf_counter(), number, error=str(error), refused=refused))
         return
     for turn in range(load.turns):
         answer = Answered(ask(call, questions[(number + turn) % len(questions)], load.uploaded), number)
