@@ -72,7 +72,8 @@ class Ear:
         self.wave = self.resampler.init_state(1, *signal)
         self.mel = model.log_mel.init_state(1, *signal)
         self.aut = model.aut.init_state(1, *signal, window=window)
-        self.recent = torch.zeros(0, model.config.audio.output_dim, device=model.device)  # [n, U] AuT's last embeddings
+        self.recent = torch.zeros(RECENT, model.config.audio.output_dim, device=model.device)  # [RECENT, U] AuT's last
+        self.rows = 0  # embeddings in all
 
     def hear(self, samples: Tensor, final: bool = False) -> Windows | None:
         """The windows that `samples` [N] close, for AuT.
@@ -92,6 +93,11 @@ class Ear:
         self.samples = heard
         wave = self.resampler(samples[None].to(self.wave.tail), self.wave, final)
         return self.model.aut.close(self.model.log_mel(wave, self.mel, final), self.aut, final)
+
+    def keep(self, rows: Tensor) -> None:
+        """What AuT made of it last, of which the latest is kept."""
+        self.recent = torch.cat([self.recent, rows.to(self.recent)])[-RECENT:].clone()
+        self.rows += len(rows)
 
     @property
     def is_sound(self) -> bool:
@@ -320,7 +326,7 @@ class Conversation:
             windows = self._grad_free(ear.hear, samples, final)
         if windows is not None:
             rows = yield windows
-            ear.recent = torch.cat([ear.recent, rows.to(ear.recent)])[-RECENT:]
+            ear.keep(rows)
             self._add_audio(rows)
 
     def recent(self) -> Tensor:
@@ -333,7 +339,9 @@ class Conversation:
             return torch.zeros(0, self.model.config.audio.output_dim, device=self.model.device)
         ear = self.ear.copy()
         windows = self._grad_free(ear.hear, torch.zeros(0), True)
-        return ear.recent if windows is None else torch.cat([ear.recent, (yield windows).to(ear.recent)])[-RECENT:]
+        if windows is not None:
+            ear.keep((yield windows))
+        return ear.recent[RECENT - min(ear.rows, RECENT) :]
 
     def _at_once(self, steps: Steps[Made]) -> Made:
         """What steps make, gone through at once."""
@@ -549,12 +557,12 @@ class Conversation:
             tensors["heard"] = torch.cat(self._rows)
         if self._audio:
             tensors["pending_audio"] = torch.cat(self._audio)
-        if self.ear and len(self.ear.recent):
+        if self.ear:
             tensors["recent"] = self.ear.recent
         facts = {name: getattr(self, name) for name in _SAVED}
         facts["answer"] = self.answer and asdict(self.answer)
         facts["writer"] = self.writer.pending
-        facts["ear"] = self.ear and {"rate": self.ear.rate, "samples": self.ear.samples}
+        facts["ear"] = self.ear and {name: getattr(self.ear, name) for name in ("rate", "samples", "rows")}
         write_safetensors(Path(path), tensors, {"session": json.dumps(facts)})
 
     @classmethod
@@ -573,8 +581,8 @@ class Conversation:
         session.writer.pending = facts["writer"]
         if facts["ear"]:
             session.ear = Ear(model, facts["ear"]["rate"], session.window)
-            session.ear.samples = facts["ear"]["samples"]
-            session.ear.recent = tensors.get("recent", session.ear.recent).to(model.device)
+            session.ear.samples, session.ear.rows = facts["ear"]["samples"], facts["ear"]["rows"]
+            session.ear.recent = tensors["recent"].to(model.device)
         for name, state in session._states().items():
             state.load({k.removeprefix(name + "."): t for k, t in tensors.items() if k.startswith(name + ".")})
         session.hidden = tensors["hidden"].to(model.device) if "hidden" in tensors else None
