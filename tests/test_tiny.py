@@ -13,7 +13,7 @@ from antiphon.cli import app
 from antiphon.errors import InputError
 from antiphon.evaluate.parity import verify
 from antiphon.generate import Omni, collect
-from antiphon.transcripts import PROMPTS, transcribe
+from antiphon.transcripts import PROMPTS
 from antiphon.weights import TINY
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -53,14 +53,18 @@ def test_a_question_is_answered_aloud(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("window", [1, 2, 4, 8])
 def test_a_stream_is_heard_as_the_whole_is(tiny, window):
+    """In pieces as at once; a whole file's floor is that of its loudest window, which a stream does not know."""
     samples, rate = read_audio(EXAMPLES / "question-zh.wav")
-    session = tiny.session(window=window)
-    for piece in np.array_split(samples, 23):
-        session.append_audio(piece, rate)
-    session.append_text(PROMPTS["zh"])
-    heard = collect(session.respond(audio=False)).text.strip()
-    assert heard == transcribe(tiny, samples, rate, language="zh", window=window).text
-    assert heard
+
+    def heard(pieces: int) -> str:
+        session = tiny.session(window=window)
+        for piece in np.array_split(samples, pieces):
+            session.append_audio(piece, rate)
+        session.append_text(PROMPTS["zh"])
+        return collect(session.respond(audio=False)).text.strip()
+
+    assert heard(23) == heard(1)
+    assert heard(1)
 
 
 def test_its_voices_are_named(tiny):
