@@ -662,7 +662,7 @@ def resident() -> int:
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
-@pytest.mark.parametrize("seconds", [2, pytest.param(600, marks=pytest.mark.long)])
+@pytest.mark.parametrize("seconds", [2, pytest.param(240, marks=pytest.mark.long)])
 def test_a_soak_leaves_no_call_no_thread_and_no_memory(seconds):
     """Conversations that come, ask, leave in the middle or hear all of it, as fast as they may."""
     threads, random, sizes = threading.active_count(), np.random.default_rng(0), []
