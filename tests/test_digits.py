@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import soundfile
 
 import antiphon
@@ -22,6 +23,7 @@ def test_there_is_something_to_see_and_hear_as_digits_are_trained():
         assert plan.steps >= 5 * plan.sample_every, name
 
 
+@pytest.mark.long
 def test_the_course_of_digits_ends_in_a_checkpoint_that_hears_and_speaks(tmp_path):
     course = read_course(RECIPE)
     sets = {name: replace(s, count=60 if "valid" not in name else 2) for name, s in course.corpus.items()}
