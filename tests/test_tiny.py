@@ -24,7 +24,7 @@ VOICES = {"ethan", "chelsie", "aiden", "serena"}
 
 @pytest.fixture(scope="module")
 def tiny() -> Omni:
-    return antiphon.load("tiny")
+    return antiphon.load("tiny", dtype=torch.float32)
 
 
 def test_it_is_small_and_nothing_is_missing():
