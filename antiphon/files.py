@@ -11,15 +11,18 @@ import json
 import math
 import os
 import struct
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from io import RawIOBase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from antiphon.errors import InputError, WeightsError
+
+Made = TypeVar("Made", bound=nn.Module)
 
 DTYPES = {
     "F64": torch.float64,
@@ -200,3 +203,23 @@ def read_metadata(path: Path, key: str) -> str:
     if key not in table.get("__metadata__", {}):
         raise WeightsError(f"{path} holds no {key}; it was written by something else")
     return table["__metadata__"][key]
+
+
+def save_described(module: nn.Module, config: Any, path: Path, sizes: str) -> None:
+    """Write a module as one safetensors file that says under `sizes` what it was made with, a dataclass."""
+    write_safetensors(path, dict(module.state_dict()), {sizes: json.dumps(asdict(config))})
+
+
+def load_described(path: Path, sizes: str, make: Callable[[dict[str, Any]], Made]) -> Made:
+    """The module in a file of `save_described`, made of its sizes by `make`, for inference.
+
+    Raises:
+        WeightsError: not such a file, or a tensor that does not fit its sizes.
+    """
+    stated, tensors = json.loads(read_metadata(path, sizes)), read_safetensors(path)
+    module = make(stated).eval()
+    wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    if odd := sorted(set(wanted.items()) ^ {(name, tuple(t.shape)) for name, t in tensors.items()}):
+        raise WeightsError(f"{path}: {odd[0][0]} does not fit the sizes that the file states; write it again")
+    module.load_state_dict(tensors)
+    return module

@@ -9,8 +9,7 @@ Shapes: B clips, T mel frames, F mel bins, C channels, W the Talker's width.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from antiphon.config import MelConfig
-from antiphon.errors import WeightsError
-from antiphon.files import read_metadata, read_safetensors, write_safetensors
+from antiphon.files import load_described, save_described
 
 DILATIONS = (2, 3, 4)
 SPEAKER_FILE = "speaker.safetensors"  # beside a checkpoint
@@ -118,7 +116,7 @@ def weighed(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def save_speaker(encoder: SpeakerEncoder, path: Path) -> None:
     """Write an encoder as one safetensors file that describes itself."""
-    write_safetensors(path, dict(encoder.state_dict()), {SIZES: json.dumps(asdict(encoder.config))})
+    save_described(encoder, encoder.config, path, SIZES)
 
 
 def load_speaker(path: Path) -> SpeakerEncoder:
@@ -127,10 +125,4 @@ def load_speaker(path: Path) -> SpeakerEncoder:
     Raises:
         WeightsError: not such a file, or a tensor that does not fit its sizes.
     """
-    sizes, tensors = json.loads(read_metadata(path, SIZES)), read_safetensors(path)
-    encoder = SpeakerEncoder(SpeakerConfig(**sizes)).eval()
-    wanted = {name: tuple(t.shape) for name, t in encoder.state_dict().items()}
-    if odd := sorted(set(wanted.items()) ^ {(name, tuple(t.shape)) for name, t in tensors.items()}):
-        raise WeightsError(f"{path}: {odd[0][0]} does not fit the sizes that the file states; write it again")
-    encoder.load_state_dict(tensors)
-    return encoder
+    return load_described(path, SIZES, lambda sizes: SpeakerEncoder(SpeakerConfig(**sizes)))

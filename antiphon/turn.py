@@ -11,16 +11,14 @@ Shapes: B clips, S embeddings, U their width, H hidden.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from antiphon.errors import WeightsError
-from antiphon.files import read_metadata, read_safetensors, write_safetensors
+from antiphon.files import load_described, save_described
 
 TURN_FILE = "turn.safetensors"  # beside a checkpoint
 SIZES = "turn_config"  # in the file's metadata
@@ -64,7 +62,7 @@ class TurnEnd(nn.Module):
 
 def save_turn(head: TurnEnd, path: Path) -> None:
     """Write a head as one safetensors file that describes itself."""
-    write_safetensors(path, dict(head.state_dict()), {SIZES: json.dumps(asdict(head.config))})
+    save_described(head, head.config, path, SIZES)
 
 
 def load_turn(path: Path) -> TurnEnd:
@@ -73,10 +71,4 @@ def load_turn(path: Path) -> TurnEnd:
     Raises:
         WeightsError: not such a file, or a tensor that does not fit its sizes.
     """
-    sizes, tensors = json.loads(read_metadata(path, SIZES)), read_safetensors(path)
-    head = TurnEnd(TurnConfig(**sizes)).eval()
-    wanted = {name: tuple(t.shape) for name, t in head.state_dict().items()}
-    if odd := sorted(set(wanted.items()) ^ {(name, tuple(t.shape)) for name, t in tensors.items()}):
-        raise WeightsError(f"{path}: {odd[0][0]} does not fit the sizes that the file states; write it again")
-    head.load_state_dict(tensors)
-    return head.float()
+    return load_described(path, SIZES, lambda sizes: TurnEnd(TurnConfig(**sizes))).float()

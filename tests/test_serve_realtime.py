@@ -169,7 +169,7 @@ def test_a_guessed_answer_is_the_answer(server, monkeypatch):
     with line(server) as c:
         c.append(np.concatenate([quiet(0.5), at_24k(EXAMPLES / "question-zh.wav"), quiet(0.25)]), 40)
         c.until("input_audio_buffer.speech_started")
-        until(lambda: any(call.is_guess and call.turn is not None for call in server.engine.calls))
+        until(lambda: any(call.is_aside and call.turn is not None for call in server.engine.calls))
         c.append(quiet(0.6), 10)
         assert c.until("response.done")[-1]["response"]["status"] == "completed"
     assert taken == [True]

@@ -285,7 +285,7 @@ class Call:
     def __init__(self, session: EngineSession, name: str, house: House) -> None:
         self.session, self.name, self._house = session, name, house
         self.wishes = deque[Wish]()
-        self.is_guess = False  # stepped after all others, in nobody's place: what nobody has asked for, or not in time
+        self.is_aside = False  # stepped after all others, in nobody's place: what nobody has asked for, or not in time
         self._guess: Guess | None = None  # an answer that was begun in case it is asked for
         self._asked: list[Answering] = []  # answers that were asked for and have not begun
         self.reading: deque[Chunk] = deque()  # for the Thinker, which has not come to it

@@ -1,6 +1,6 @@
 """Many conversations at once over one set of boxes.
 
-    engine = Engine(load("antiphon/tiny")).start()
+    engine = Engine(load("antiphon/tiny", dtype=torch.float32)).start()
     call = engine.open("You are brief.")
     call.append_audio(samples, 24000)            # as it arrives; windows that close are read at once
     for event in call.respond(ahead=2.0):        # the events of the readable loop, from the first frame on
@@ -87,21 +87,21 @@ class Engine:
             BusyError: there are as many as the machine keeps in time.
         """
         with self._changed:
-            taken = sum(not call.is_guess for call in self.calls)
+            taken = sum(not call.is_aside for call in self.calls)
             if self.capacity is not None and taken >= self.capacity and not aside:
                 raise BusyError(self.capacity, RETRY)
             for lane in self.lanes:
                 lane.take_in(session)
             self._opened += 1
             call = Call(session, f"call {self._opened}", self)
-            call.is_guess = aside
+            call.is_aside = aside
             self.calls = [*self.calls, call]
         return call
 
     def fork(self, call: Call) -> Call:
         """A fork of a settled call, stepped after all others; it takes nobody's place."""
         fork = Call(call.session.copy(), f"{call.name}?", self)
-        fork.is_guess = True
+        fork.is_aside = True
         with self._changed:
             self.calls = [*self.calls, fork]
         return fork

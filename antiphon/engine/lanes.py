@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -134,7 +134,7 @@ class Lane:
     def urgency(self, call: Call) -> tuple[int, float]:
         """What comes first: answers that are listened to, by when their next frame is due, others, prompts, guesses."""
         due = call.turn.due(self.seconds) if call.turn else 0.0
-        if call.is_guess:
+        if call.is_aside:
             return 3, due
         return (2, due) if call.turn is None else (int(call.turn.ahead is None), due)
 
@@ -206,12 +206,15 @@ class Thinking(Lane):
             for i, (valid, alone) in enumerate(zip(one.valid[0].tolist(), one.alone[0].tolist(), strict=True)):
                 alike.setdefault((one.x.shape[2], valid, alone), []).append((place, i))
         heard = [[torch.zeros(0)] * one.valid.shape[1] for one in asked]
-        for (_, valid, alone), places in alike.items():
-            rows = bucket(len(places))
-            x = torch.stack([asked[place].x[0, i] for place, i in places + places[:1] * (rows - len(places))])
-            batch = Windows(x[:, None], torch.full((rows, 1), valid), torch.full((rows, 1), alone))
-            for (place, i), row in zip(places, self.model.aut.project(self.model.aut.states(batch)), strict=False):
-                heard[place][i] = row
+        with ExitStack() as clocks:  # each turn takes as long as the batch that it is in
+            for call in calls:
+                clocks.enter_context(call.session.clock("aut"))
+            for (_, valid, alone), places in alike.items():
+                rows = bucket(len(places))
+                x = torch.stack([asked[place].x[0, i] for place, i in places + places[:1] * (rows - len(places))])
+                batch = Windows(x[:, None], torch.full((rows, 1), valid), torch.full((rows, 1), alone))
+                for (place, i), row in zip(places, self.model.aut.project(self.model.aut.states(batch)), strict=False):
+                    heard[place][i] = row
         for call, rows in zip(calls, heard, strict=True):
             call.wishes[0].heard = torch.cat(rows)
 

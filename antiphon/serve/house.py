@@ -65,7 +65,7 @@ class House:
     async def warm(self) -> None:
         """Load and warm the engine, in a thread of its own."""
         self._engine = await asyncio.to_thread(self._prepare)
-        self.meters.conversations.set_function(lambda: sum(not call.is_guess for call in self.engine.calls))
+        self.meters.conversations.set_function(lambda: sum(not call.is_aside for call in self.engine.calls))
 
     async def drain(self) -> None:
         """Take nobody in any more, and let Realtime sessions finish what they say."""
