@@ -27,6 +27,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from antiphon.engine.engine import LIVE_WINDOW
 from antiphon.errors import BusyError
+from antiphon.serve.background import Background
 from antiphon.serve.happenings import Answer, Happening, Problem
 from antiphon.serve.house import House, house_of
 from antiphon.serve.logs import note
@@ -39,6 +40,7 @@ from antiphon.serve.wire import as_json, new_id, parsed, wrong_field
 
 OUTBOX = 256  # events that wait for a client; then the conversation waits
 GOING_AWAY, NORMAL = 1001, 1000  # why a WebSocket is closed
+LEAVING = 1.0  # seconds in which it becomes known why a client is gone
 KINDS: Mapping[str, type[BaseModel]] = {
     typing.get_args(kind.model_fields["type"].annotation)[0]: kind
     for kind in typing.get_args(typing.get_args(realtime_client_event.RealtimeClientEvent)[0])
@@ -72,7 +74,7 @@ class Session:
         """
         manner = manner_of(self.house, self.who, self.config)
         call = await asyncio.to_thread(lambda: self.house.engine.open(window=LIVE_WINDOW))
-        self._talk = Talk(self.house, call, manner, self.who, self._happened)
+        self._talk = Talk(self.house, call, manner, self._happened)
         self.house.endings.add(self.ending.set)
 
     async def begin(self) -> None:
@@ -147,15 +149,15 @@ class Session:
             case wire.ConversationItemCreateEvent():
                 await talk.create(read_item(event.item, talk.manner.heard_as), event.previous_item_id)
             case wire.ConversationItemRetrieveEvent():
-                await talk.retrieve(event.item_id)
+                await talk.history.retrieve(event.item_id)
             case wire.ConversationItemTruncateEvent():
-                await talk.truncate(event.item_id, event.audio_end_ms)
+                await talk.cutting.truncate(event.item_id, event.audio_end_ms)
             case wire.ConversationItemDeleteEvent():
-                await talk.delete(event.item_id)
+                await talk.history.delete(event.item_id)
             case wire.ResponseCreateEvent():
                 await self._respond(event.response or wire.RealtimeResponseCreateParams())
             case wire.ResponseCancelEvent():
-                await talk.cancel(event.response_id)
+                talk.answers.cancel(event.response_id)
             case _:
                 raise Refused(f"{kind} is for WebRTC and SIP", code="unsupported_event", param="type")
 
@@ -186,7 +188,7 @@ class Session:
             await talk.respond(answer, wanted.instructions)
         else:
             answer.in_conversation = False
-            items = talk.items if wanted.input is None else read_items(wanted.input, talk.manner.heard_as)
+            items = talk.history.items if wanted.input is None else read_items(wanted.input, talk.manner.heard_as)
             await talk.respond_aside(answer, items, wanted.instructions)
 
 
@@ -196,7 +198,7 @@ class Lobby:
     def __init__(self, house: House) -> None:
         self.house = house
         self.sessions: dict[str, Session] = {}
-        self._losing = set[asyncio.Task[None]]()
+        self._losing = Background()
         house.meters.sessions.set_function(lambda: len(self.sessions))
 
     async def enter(self, who: str, model: str, kind: str) -> Session:
@@ -239,9 +241,7 @@ class Lobby:
 
     def lose(self, session: Session) -> None:
         """Keep a session for its client to come back to, for a while."""
-        task = asyncio.create_task(self._wait_for(session))
-        self._losing.add(task)
-        task.add_done_callback(self._losing.discard)
+        self._losing.do(self._wait_for(session))
 
     async def _wait_for(self, session: Session) -> None:
         session.lost_at = lost_at = time.monotonic()
@@ -292,6 +292,8 @@ async def converse(socket: WebSocket, session: Session, idle: float) -> tuple[in
     tasks = (reading, writing, ending)
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if writing.done():  # the client is gone; how it left is known when what it sent before has been read
+            await asyncio.wait((reading,), timeout=LEAVING)
         if ending.done():
             await session.talk.finish()
             while not session.outbox.empty() and not writing.done():
