@@ -561,6 +561,32 @@ def test_a_prompt_over_the_limit_is_told_and_nobody_else_is_hurt():
     assert len(answer.reply().codes) == 3
 
 
+@pytest.mark.parametrize("early", [False, True])
+def test_an_answer_is_cancelled_while_what_was_asked_is_still_heard(monkeypatch, early):
+    """AuT hears the end of a question after the answer was asked for: who cancels, or throws a guess away, then."""
+    engine = Engine(model())
+    call = engine.open()
+    hear, heard = Thinking.hear, list[bool]()
+    call.append_audio(clip(0, 0.7), RATE)
+    engine.run()
+
+    def interrupted(self: Thinking, calls: list[Call]) -> None:
+        heard.append(True)
+        call.cancel()
+        hear(self, calls)
+
+    monkeypatch.setattr(Thinking, "hear", interrupted)
+    if early:
+        call.guess(max_frames=FRAMES)
+        engine.run()
+        assert engine.calls == [call]
+    else:
+        events = call.respond(max_frames=FRAMES)
+        engine.run()
+        assert events.reply().finish == "cancelled"
+    assert heard
+
+
 def test_an_answer_that_is_cancelled_before_it_began_says_nothing():
     engine = Engine(model())
     call = engine.open()
