@@ -36,7 +36,12 @@ class Answers:
             raise Refused("an answer is being given; cancel it first", code="conversation_already_has_active_response")
 
     def begin(self, answer: Answer, call: Call, form: Wire) -> None:
-        """Give an answer."""
+        """Give an answer.
+
+        Raises:
+            Refused: another is being given.
+        """
+        self.check_free()
         self.current, self._by = answer, call
         self._giving = self.history.background.do(self._give(answer, call, form))
 
@@ -57,6 +62,8 @@ class Answers:
                 history.changed()
         if call is not history.call:
             call.close()
+            if answer.in_conversation:
+                history.changed()  # it knows nothing of this answer
         await history.happened(AnswerEnded(answer))
         self.current = None
         await self.ended()

@@ -1,26 +1,24 @@
-"""Work beside what is done in order: it is kept until it ends, and what it fails by is logged."""
+"""Work beside what is done in order: it is kept until it ends, and what it fails by is told."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
-
-from antiphon.serve.logs import note
 
 
 class Background:
-    """Tasks that nobody waits for."""
+    """Tasks that nobody waits for; `failed` is told of errors."""
 
-    def __init__(self) -> None:
+    def __init__(self, failed: Callable[[Exception], Awaitable[None]]) -> None:
+        self.failed = failed
         self._tasks = set[asyncio.Task[None]]()
 
     def do(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Begin it."""
-        task = asyncio.create_task(work)
+        task = asyncio.create_task(self._guarded(work))
         self._tasks.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(self._tasks.discard)
         return task
 
     def cancel(self) -> None:
@@ -28,7 +26,8 @@ class Background:
         for task in self._tasks:
             task.cancel()
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            note("failed", level=logging.ERROR, error=error)
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except Exception as error:
+            await self.failed(error)

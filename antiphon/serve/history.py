@@ -55,7 +55,8 @@ class History:
         self.items: list[Item] = []
         self.is_hearing = False  # the call has heard some of a turn that is no item yet
         self._is_true = True  # the call holds what the items say
-        self._told = Told()
+        self._told: Told | None = Told()  # None: it is being told
+        self._telling = asyncio.Lock()
         self._read = 0  # positions that were read by the last answer
 
     # ----------------------------------------------------------------------------------------- the items
@@ -143,14 +144,22 @@ class History:
         return self._is_true and self._told == Told.by(manner)
 
     async def tell(self, manner: Manner) -> None:
-        """Tell the call anew what the items say."""
-        told = Told.by(manner)
-        begun = await asyncio.to_thread(
-            self.house.engine.begun, told.instructions, told.tools, LIVE_WINDOW, told.retention
-        )
-        await settled(self.call.become(begun))
-        self._is_true, self._told, self._read, self.is_hearing = True, told, 0, False
-        await retell(self.call, self.items)
+        """Tell the call anew what the items say, unless it holds it.
+
+        Raises:
+            AntiphonError: it is too much, or cannot be read.
+        """
+        async with self._telling:
+            if self.holds(manner):
+                return
+            told, self._told, self._is_true = Told.by(manner), None, True
+            begun = await asyncio.to_thread(
+                self.house.engine.begun, told.instructions, told.tools, LIVE_WINDOW, told.retention
+            )
+            await settled(self.call.become(begun))
+            self._read, self.is_hearing = 0, False
+            await retell(self.call, [*self.items])
+            self._told = told
 
     async def tell_more(self, items: Sequence[Item]) -> None:
         """Tell the call what was added at the end."""
@@ -201,6 +210,8 @@ class History:
         session, said = call.session, call.session.answer
         prompt = session.ids[: said.start] if said else []
         audio = prompt.count(session.model.config.audio_token_id)
-        cached, self._read = min(self._read, len(prompt)), len(prompt) + len(reply.text_ids)
+        cached = 0
+        if call is self.call:
+            cached, self._read = min(self._read, len(prompt)), len(prompt) + len(reply.text_ids)
         left = session.thinker.capacity - len(session.ids)
         return Usage(len(prompt) - audio, audio, cached, len(reply.text_ids), len(reply.codes), left)

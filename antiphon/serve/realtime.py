@@ -15,8 +15,7 @@ import logging
 import secrets
 import time
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 from openai.types import realtime as wire
@@ -28,10 +27,10 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from antiphon.engine.engine import LIVE_WINDOW
 from antiphon.errors import BusyError
 from antiphon.serve.background import Background
-from antiphon.serve.happenings import Answer, Happening, Problem
+from antiphon.serve.happenings import Answer, AnswerEnded, Happening, Manner, NotHeard, Problem
 from antiphon.serve.house import House, house_of
 from antiphon.serve.logs import note
-from antiphon.serve.manners import Config, first_config, manner_of, merged, options_of
+from antiphon.serve.manners import Config, first_config, for_answer, manner_of, merged
 from antiphon.serve.refusals import Refused, refusal
 from antiphon.serve.scribe import Scribe, problem, read_item, read_items, read_sound
 from antiphon.serve.sounds import from_wire
@@ -95,10 +94,16 @@ class Session:
         await self.outbox.put(as_json(event))
 
     async def _happened(self, happening: Happening) -> None:
-        if isinstance(happening, Problem) and refusal(happening.error).status == 500:
-            note("failed", level=logging.ERROR, error=happening.error, id=self.id)
+        self._note(happening)
         for event in self.scribe.write(happening):
             await self.send(event)
+
+    def _note(self, happening: Happening) -> None:
+        """What failed by an error that nobody foresaw belongs into the log too."""
+        match happening:
+            case Problem(error) | NotHeard(_, error) | AnswerEnded(Answer(error=Exception() as error)):
+                if refusal(error).status == 500:
+                    note("failed", level=logging.ERROR, error=error, id=self.id)
 
     def _about(self, event: type[wire.SessionCreatedEvent | wire.SessionUpdatedEvent], kind: Any) -> BaseModel:
         resume = {"resume_token": self.token, "resume_seconds": self.house.settings.resume_seconds}
@@ -132,6 +137,8 @@ class Session:
         kind = raw.get("type")
         if not isinstance(kind, str) or kind not in KINDS:
             raise Refused(f"there is no event of type {kind!r}"[:200], code="unknown_event", param="type")
+        wanted = raw.get("response") or {} if kind == "response.create" else {}
+        items = wanted.pop("input", None) if isinstance(wanted, dict) else None  # may hold what the types do not know
         try:
             event = KINDS[kind].model_validate(raw)
         except ValidationError as error:
@@ -155,7 +162,7 @@ class Session:
             case wire.ConversationItemDeleteEvent():
                 await talk.history.delete(event.item_id)
             case wire.ResponseCreateEvent():
-                await self._respond(event.response or wire.RealtimeResponseCreateParams())
+                await self._respond(wanted, items)
             case wire.ResponseCancelEvent():
                 talk.answers.cancel(event.response_id)
             case _:
@@ -168,28 +175,31 @@ class Session:
         await self.talk.configure(manner)
         await self.send(self._about(wire.SessionUpdatedEvent, "session.updated"))
 
-    async def _respond(self, wanted: wire.RealtimeResponseCreateParams) -> None:
-        talk, config = self.talk, self.config
+    async def _respond(self, wanted: Mapping[str, Any], items: Any) -> None:
+        """Answer as is `wanted`, to `items` where they are given and else to the conversation."""
+        talk = self.talk
         if not talk.manner.answers:
             raise Refused("a transcription session gives no answers", code="invalid_value", param="type")
-        if wanted.tools is not None or wanted.tool_choice is not None or wanted.prompt is not None:
-            raise Refused("tools of one answer are not supported; set them in session.update", code="unsupported_value")
-        output = wanted.audio.output if wanted.audio else None
-        voice = output.voice if output and output.voice else config["audio"]["output"]["voice"]
-        options = talk.manner.options
-        if wanted.output_modalities or wanted.max_output_tokens or (output and output.voice):
-            modalities: Sequence[str] = wanted.output_modalities or config["output_modalities"]
-            most = wanted.max_output_tokens or config["max_output_tokens"]
-            named = voice.id if isinstance(voice, BaseModel) else voice  # type: ignore[attr-defined]
-            options = replace(options_of(self.house, self.who, [*modalities], named, most), guide=options.guide)
-        beside = wanted.conversation == "none"
-        answer = Answer(new_id("resp"), options, not beside, wanted.metadata)
-        if wanted.input is None and not beside:
-            await talk.respond(answer, wanted.instructions)
+        beside = wanted.get("conversation") or "auto"
+        if beside not in ("auto", "none", self.scribe.conversation):
+            raise Refused("conversation is auto or none", code="invalid_value", param="response.conversation")
+        config = for_answer(self.config, wanted)
+        manner = talk.manner if config == self.config else self._manner_of_answer(config)
+        answer = Answer(new_id("resp"), manner.options, beside != "none", wanted.get("metadata"))
+        if items is not None:
+            read = read_items(items, manner.heard_as, talk.history.find)
+            await talk.respond_to(read, answer, manner)
+        elif beside == "none":
+            await talk.respond_to(talk.history.items, answer, manner)
         else:
-            answer.in_conversation = False
-            items = talk.history.items if wanted.input is None else read_items(wanted.input, talk.manner.heard_as)
-            await talk.respond_aside(answer, items, wanted.instructions)
+            await talk.respond(answer, manner)
+
+    def _manner_of_answer(self, config: Config) -> Manner:
+        try:
+            return manner_of(self.house, self.who, config)
+        except Refused as error:
+            error.param = error.param and error.param.replace("session.", "response.", 1)
+            raise
 
 
 class Lobby:
@@ -198,7 +208,7 @@ class Lobby:
     def __init__(self, house: House) -> None:
         self.house = house
         self.sessions: dict[str, Session] = {}
-        self._losing = Background()
+        self._losing = Background(_report)
         house.meters.sessions.set_function(lambda: len(self.sessions))
 
     async def enter(self, who: str, model: str, kind: str) -> Session:
@@ -256,6 +266,10 @@ class Lobby:
             self.leave(session)
             return True
         return False
+
+
+async def _report(error: Exception) -> None:
+    note("failed", level=logging.ERROR, error=error)
 
 
 async def realtime(socket: WebSocket) -> None:

@@ -37,11 +37,12 @@ from antiphon.serve.happenings import (
     Manner,
     NotHeard,
     Part,
+    Problem,
     SpeechStarted,
     SpeechStopped,
     TimedOut,
 )
-from antiphon.serve.history import History
+from antiphon.serve.history import History, Told
 from antiphon.serve.house import House, settled
 from antiphon.serve.listening import LEAST_MS, Inbox, Listener
 from antiphon.serve.refusals import Refused
@@ -65,7 +66,7 @@ class Talk:
         self, house: House, call: Call, manner: Manner, happened: Callable[[Happening], Awaitable[None]]
     ) -> None:
         self.house, self.manner, self.happened = house, manner, happened
-        self.background = Background()
+        self.background = Background(lambda error: happened(Problem(error)))
         self.listener = Listener(manner.heard_as, manner.taking)
         self.history = History(house, call, happened, self.background)
         self.answers = Answers(self.history, self._after_answer)
@@ -80,9 +81,10 @@ class Talk:
         old, self.manner = self.manner, manner
         if (manner.heard_as, manner.taking) != (old.heard_as, old.taking):
             self.history.forget_turn()
+            self._stop_idle()
             self.listener = Listener(manner.heard_as, manner.taking)
         if not self.history.items and self.answers.current is None:
-            await self._be_told()
+            await self._be_told(manner)
 
     # ------------------------------------------------------------------------------------------- the user
 
@@ -108,6 +110,8 @@ class Talk:
             await self.happened(SpeechStarted(listener.inbox.item, listener.began_ms))
             if taking.interrupt:
                 self.cutting.interrupt()
+            if self.answers.current is None and not self.cutting.is_pending:
+                await self._be_told(self.manner)  # so that what follows is read while it is said
         elif sign is Sign.PAUSED:
             self._feed()
             self._judge_pause()
@@ -125,10 +129,10 @@ class Talk:
         """Whether the engine's call holds all that was said."""
         return self.manner.answers and self.history.holds(self.manner)
 
-    async def _be_told(self) -> None:
+    async def _be_told(self, manner: Manner) -> None:
         """The engine's call holds all that was said from now on, and what has come of the user's turn."""
-        if self.manner.answers and not self._is_told:
-            await self.history.tell(self.manner)
+        if manner.answers and not self.history.holds(manner):
+            await self.history.tell(manner)
             self.listener.inbox.heard = 0
             self._feed()
 
@@ -221,42 +225,46 @@ class Talk:
         else:
             self.history.changed()
 
-    async def respond(self, answer: Answer, instructions: str | None = None) -> None:
-        """Answer, says the client; `instructions` are for this answer and are told right before it.
+    async def respond(self, answer: Answer, manner: Manner) -> None:
+        """Answer in a manner, this conversation's or one that is this answer's alone.
 
         Raises:
-            Refused: an answer is being given.
+            Refused: an answer is being given, or there is nothing to answer.
+            AntiphonError: what was said is too much to be told in this manner.
         """
         self.answers.check_free()
-        if not self.history.items and not instructions:
+        if not self.history.items and not manner.instructions:
             raise Refused("there is nothing to answer; say something first", code="invalid_value")
         await self.cutting.finish()
-        await self._be_told()
-        if instructions:
-            await settled(self.history.call.append_message({"role": "system", "content": instructions}))
+        await self._be_told(manner)
         self._stop_idle()
-        self.answers.begin(answer, self.history.call, self.manner.said_as)
+        self.answers.begin(answer, self.history.call, manner.said_as)
 
-    async def respond_aside(self, answer: Answer, items: Sequence[Item], instructions: str | None) -> None:
-        """Answer other items, beside the conversation.
+    async def respond_to(self, items: Sequence[Item], answer: Answer, manner: Manner) -> None:
+        """Answer other items than the conversation's.
 
         Raises:
             Refused: an answer is being given.
+            AntiphonError: the items cannot be read.
         """
         self.answers.check_free()
-        system = instructions or self.manner.instructions or None
+        told = Told.by(manner)
         call = await asyncio.to_thread(
-            lambda: self.house.engine.open(system, self.manner.tools, LIVE_WINDOW, aside=True)
+            lambda: self.house.engine.open(told.instructions, told.tools, LIVE_WINDOW, told.retention, aside=True)
         )
-        await retell(call, items)
+        try:
+            await retell(call, items)
+            self.answers.begin(answer, call, manner.said_as)
+        except Exception:
+            call.close()
+            raise
         self._stop_idle()
-        self.answers.begin(answer, call, self.manner.said_as)
 
     async def _answer_or_owe(self) -> None:
         if self.answers.current is not None:
             self._owed = True
         else:
-            await self.respond(Answer(new_id("resp"), self.manner.options))
+            await self.respond(Answer(new_id("resp"), self.manner.options), self.manner)
 
     async def _after_answer(self) -> None:
         taking = self.listener.taking
