@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: talk test test-long check parity bench clean
+.PHONY: talk test test-long browser check parity bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,12 @@ test: $(STAMP)
 ## every combination: shapes x durations x turns x clips
 test-long: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m long
+
+## the page in Chromium; PICTURES=docs/pictures also takes the pictures of the documentation
+browser: $(STAMP)
+	@which chromium chromium-browser google-chrome | grep -q . || { echo "this needs Chromium: apt-get install chromium"; exit 1; }
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[browser]"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m browser -s tests/test_browser.py
 
 ## style and types
 check: $(STAMP)
