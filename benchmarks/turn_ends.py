@@ -1,6 +1,6 @@
 """Users cut off and time waited, by how the end of a turn is told: server_vad and semantic_vad at each eagerness.
 
-    python -m benchmarks.turns [--model tiny] [--clips 60] [--languages zh en] [--voices train]
+    python -m benchmarks.turn_ends [--model tiny] [--clips 60] [--languages zh en] [--voices train]
 
 Clips are the corpus's, of sentences that training never meets (`--voices held-out` or flite: nor their voices). Each is
 played whole, and again with a pause in it, at the quietest place near a drawn one, as training breaks clips off; a
