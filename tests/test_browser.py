@@ -149,7 +149,7 @@ def alike(whole: Samples, part: Samples) -> Samples:
     size = 1 << (len(whole) + len(part)).bit_length()
     cross = np.fft.irfft(np.fft.rfft(whole, size) * np.fft.rfft(part, size).conj(), size)[: len(whole)]
     energy = np.convolve(whole**2, np.ones(len(part)), "full")[len(part) - 1 :][: len(whole)]
-    return cross / (np.sqrt(np.maximum(energy, 1e-9)) * np.linalg.norm(part))
+    return (cross / (np.sqrt(np.maximum(energy, 1e-9)) * np.linalg.norm(part))).astype(np.float32)
 
 
 def found_in(whole: Samples, part: Samples, start: int = 0) -> tuple[int, int]:
