@@ -158,7 +158,9 @@ def found_in(whole: Samples, part: Samples, start: int = 0) -> tuple[int, int]:
     One that is no louder than a whisper, or is not whole, is taken to be there; a gap may go through one.
     """
     likeness = list[float]()
-    begin = place = start + int(alike(whole[start:], part[: 4 * PACKET]).argmax())
+    likely = alike(whole[start:], part[: 4 * PACKET])
+    near = int((likely > 0.9 * likely.max()).argmax())  # the first: two answers may begin with the same words
+    begin = place = start + near + int(likely[near : near + SLACK].argmax())
     for packet in np.split(part, range(PACKET, len(part), PACKET)):
         if np.abs(packet).max() > 0.01 and len(packet) == PACKET:
             near = alike(whole[max(0, place - SLACK) : place + PACKET + SLACK], packet)[: 2 * SLACK]
