@@ -15,13 +15,14 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 from websockets.typing import Origin, Subprotocol
 
-from antiphon.audio import from_pcm16, read_audio
+from antiphon.audio import Samples, from_pcm16, read_audio
 from antiphon.engine import Call
 from antiphon.engine.call import Turn
 from antiphon.engine.lanes import Speaking
 from antiphon.generate import Omni, collect
 from antiphon.serve.settings import Settings
 from antiphon.serve.sounds import WireOut, from_wire
+from antiphon.serve.talk import Talk
 from antiphon.train.dialog import TOOLS
 from antiphon.transcripts import transcribe
 from tests.realtime_line import at_24k, line, quiet, sound_of, text_of, types
@@ -29,6 +30,7 @@ from tests.serving import Served, engine, serving, tiny, until
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PUSH_TO_TALK: Any = {"input": {"turn_detection": None}}
+NO_SCHEMA = {"type": "function", "name": "f", "parameters": {"type": 7}}
 IMAGE = {"type": "message", "role": "user", "content": [{"type": "input_image", "image_url": "x"}]}
 ANSWER = [
     "response.output_item.added",
@@ -485,6 +487,9 @@ def test_what_cannot_be_set_is_said_and_changes_nothing(server, session, param):
         '{"type": "response.create", "response": {"output_modalities": []}, "x": ' + "[" * 500 + "]" * 500 + "}",
         '{"type": "response.create"}',
         '{"type": "session.update", "session": 7}',
+        '{"type": "response.cancel", "event_id": "\\ud800"}',
+        '{"type": "conversation.item.retrieve", "item_id": "\\ud800"}',
+        json.dumps({"type": "session.update", "session": {"type": "realtime", "tools": [NO_SCHEMA]}}),
     ],
 )
 def test_nonsense_is_answered_and_the_session_goes_on(server, message):
@@ -494,6 +499,27 @@ def test_nonsense_is_answered_and_the_session_goes_on(server, message):
         assert error["type"] in ("invalid_request_error",) or "nothing to answer" in str(error)
         c.say("What day is it?")
         assert c.last("conversation.item.done")
+
+
+def test_who_sends_minutes_at_once_holds_nobody_up(server, monkeypatch):
+    """Judging them takes seconds; between their pieces others are served."""
+    heard, hear = list[int](), Talk.hear
+
+    async def slow(self: Talk, samples: Samples) -> None:
+        heard.append(len(samples))
+        time.sleep(0.05)  # on the event loop, as the detector
+        await hear(self, samples)
+
+    with line(server) as one, line(server) as other:
+        monkeypatch.setattr(Talk, "hear", slow)
+        one.append(quiet(20))
+        until(lambda: bool(heard))
+        other.send("conversation.item.retrieve", item_id="nothing")
+        other.last("error")
+        assert 0 < sum(heard) < 20 * 24000, "the other had to wait for all of it"
+        one.send("conversation.item.retrieve", item_id="nothing")
+        one.last("error")
+        assert sum(heard) == 20 * 24000
 
 
 # ---------------------------------------------------------------------------------------- coming and going
@@ -537,6 +563,23 @@ def test_sessions_have_a_limit_and_lost_ones_make_room():
         line(served),
     ):
         pass
+
+
+def test_a_message_beyond_the_limit_ends_its_connection_and_the_session_can_be_taken_up():
+    with serving(Settings(message_bytes=20_000)) as served, line(served) as other:
+        with line(served) as c:
+            session = c.events[0]["session"]
+            c.send("input_audio_buffer.append", audio="A" * 30_000)
+            with pytest.raises(ConnectionClosed) as closed:
+                c.until("never")
+            assert closed.value.rcvd is not None
+            assert closed.value.rcvd.code == 1009
+        again = {"session_id": session["id"], "resume_token": session["antiphon"]["resume_token"]}
+        with line(served, fresh=False, **again) as c:
+            c.send("response.cancel")
+            assert c.last("error")["error"]["code"] == "response_cancel_not_active"
+        other.say("What day is it?")
+        assert other.last("conversation.item.done")
 
 
 def test_who_says_nothing_for_long_is_closed():
