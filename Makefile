@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: talk test test-long check parity bench clean
+.PHONY: talk test test-long load check parity bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,13 @@ test: $(STAMP)
 ## every combination: shapes x durations x turns x clips
 test-long: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m long
+
+## a server in real time for SECONDS: CONVERSATIONS at once, then a crowd at its door; needs the machine to itself
+SECONDS ?= 300
+CONVERSATIONS ?= 8
+load: $(STAMP)
+	OMP_NUM_THREADS=1 ANTIPHON_LOAD_SECONDS=$(SECONDS) ANTIPHON_LOAD_CONVERSATIONS=$(CONVERSATIONS) \
+		$(BIN)/pytest -m load -s tests/test_load.py
 
 ## style and types
 check: $(STAMP)
