@@ -4,10 +4,13 @@ import asyncio
 import json
 import logging
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import httpx2
 import openai
@@ -22,7 +25,7 @@ from antiphon.errors import InputError
 from antiphon.serve.logs import JsonLines, to_standard_error
 from antiphon.serve.openapi import ENDPOINTS
 from antiphon.serve.settings import KEYS, Settings, read_keys
-from tests.serving import Served, engine, serving
+from tests.serving import Served, engine, serving, until
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +47,23 @@ def test_health_is_200_only_when_it_can_answer():
         assert refused.status_code == 503
         assert refused.headers["retry-after"]
         ready.set()
+
+
+def test_the_container_is_healthy_only_when_it_can_answer():
+    dockerfile = (Path(__file__).parent.parent / "Dockerfile").read_text()
+    check = json.loads(dockerfile.partition("HEALTHCHECK")[2].partition("CMD ")[2].splitlines()[0])
+    ready = threading.Event()
+
+    def make() -> Engine:
+        assert ready.wait(60)
+        return engine()
+
+    with serving(make=make, wait=False) as served, served.http() as http:
+        words = [sys.executable, "-c", check[2].replace("127.0.0.1:8000", served.host)]
+        assert subprocess.run(words, stderr=subprocess.DEVNULL).returncode != 0
+        ready.set()
+        until(lambda: http.get("/health").status_code == 200)
+        assert subprocess.run(words).returncode == 0
 
 
 def test_the_model_is_listed_under_all_its_names():
