@@ -2,11 +2,13 @@
 
 import asyncio
 import base64
+import gc
 import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -580,6 +582,27 @@ def test_a_message_beyond_the_limit_ends_its_connection_and_the_session_can_be_t
             assert c.last("error")["error"]["code"] == "response_cancel_not_active"
         other.say("What day is it?")
         assert other.last("conversation.item.done")
+
+
+def test_the_caches_of_sessions_that_have_ended_are_gone_without_the_collector(server, monkeypatch):
+    held, begin = WeakSet[Call](), Call.__init__
+
+    def noted(self: Call, *how: Any) -> None:
+        held.add(self)
+        begin(self, *how)
+
+    monkeypatch.setattr(Call, "__init__", noted)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(4):
+            with line(server) as c:
+                c.say("What day is it?")
+                c.send("response.create")
+                c.until("response.done")
+        until(lambda: len(held) <= 1, 10)  # a lane may remember the last one it stepped
+    finally:
+        gc.enable()
 
 
 def test_who_says_nothing_for_long_is_closed():

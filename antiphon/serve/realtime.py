@@ -87,6 +87,7 @@ class Session:
         """Leave."""
         if self._talk is not None:
             self._talk.close()
+            self._talk = None  # each knows the other: the caches would stay until the collector comes by
         self.house.endings.discard(self.ending.set)
 
     async def send(self, event: BaseModel) -> None:
