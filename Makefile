@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: talk test test-long browser check parity bench clean
+.PHONY: talk test test-long browser load check parity bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,13 @@ browser: $(STAMP)
 	@which chromium chromium-browser google-chrome | grep -q . || { echo "this needs Chromium: apt-get install chromium"; exit 1; }
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[browser]"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m browser -s tests/test_browser.py
+
+## a server in real time for SECONDS: CONVERSATIONS at once, then a crowd at its door; needs the machine to itself
+SECONDS ?= 300
+CONVERSATIONS ?= 8
+load: $(STAMP)
+	OMP_NUM_THREADS=1 ANTIPHON_LOAD_SECONDS=$(SECONDS) ANTIPHON_LOAD_CONVERSATIONS=$(CONVERSATIONS) \
+		$(BIN)/pytest -m load -s tests/test_load.py
 
 ## style and types
 check: $(STAMP)

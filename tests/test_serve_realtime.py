@@ -2,11 +2,13 @@
 
 import asyncio
 import base64
+import gc
 import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from antiphon.errors import InputError
 from antiphon.generate import Omni, collect
 from antiphon.serve.settings import Settings
 from antiphon.serve.sounds import WireOut, from_wire
+from antiphon.serve.talk import Talk
 from antiphon.train.dialog import TOOLS
 from antiphon.transcripts import transcribe
 from tests.realtime_line import Line, at_24k, line, quiet, sound_of, text_of, types
@@ -31,6 +34,7 @@ from tests.serving import Served, engine, serving, tiny, until
 EXAMPLES = Path(__file__).parent.parent / "examples"
 HALF = {"type": "retention_ratio", "retention_ratio": 0.5}
 PUSH_TO_TALK: Any = {"input": {"turn_detection": None}}
+NO_SCHEMA = {"type": "function", "name": "f", "parameters": {"type": 7}}
 IMAGE = {"type": "message", "role": "user", "content": [{"type": "input_image", "image_url": "x"}]}
 ANSWER = [
     "response.output_item.added",
@@ -627,6 +631,9 @@ def test_what_cannot_be_set_is_said_and_changes_nothing(server, session, param):
         '{"type": "response.create", "response": {"output_modalities": []}, "x": ' + "[" * 500 + "]" * 500 + "}",
         '{"type": "response.create"}',
         '{"type": "session.update", "session": 7}',
+        '{"type": "response.cancel", "event_id": "\\ud800"}',
+        '{"type": "conversation.item.retrieve", "item_id": "\\ud800"}',
+        json.dumps({"type": "session.update", "session": {"type": "realtime", "tools": [NO_SCHEMA]}}),
     ],
 )
 def test_nonsense_is_answered_and_the_session_goes_on(server, message):
@@ -692,6 +699,27 @@ def heard(samples: Samples) -> Samples:
     return from_pcm16(pcm16(samples))
 
 
+def test_who_sends_minutes_at_once_holds_nobody_up(server, monkeypatch):
+    """Judging them takes seconds; between their pieces others are served."""
+    heard, hear = list[int](), Talk.hear
+
+    async def slow(self: Talk, samples: Samples) -> None:
+        heard.append(len(samples))
+        time.sleep(0.05)  # on the event loop, as the detector
+        await hear(self, samples)
+
+    with line(server) as one, line(server) as other:
+        monkeypatch.setattr(Talk, "hear", slow)
+        one.append(quiet(20))
+        until(lambda: bool(heard))
+        other.send("conversation.item.retrieve", item_id="nothing")
+        other.last("error")
+        assert 0 < sum(heard) < 20 * 24000, "the other had to wait for all of it"
+        one.send("conversation.item.retrieve", item_id="nothing")
+        one.last("error")
+        assert sum(heard) == 20 * 24000
+
+
 # ---------------------------------------------------------------------------------------- coming and going
 
 
@@ -733,6 +761,44 @@ def test_sessions_have_a_limit_and_lost_ones_make_room():
         line(served),
     ):
         pass
+
+
+def test_a_message_beyond_the_limit_ends_its_connection_and_the_session_can_be_taken_up():
+    with serving(Settings(message_bytes=20_000)) as served, line(served) as other:
+        with line(served) as c:
+            session = c.events[0]["session"]
+            c.send("input_audio_buffer.append", audio="A" * 30_000)
+            with pytest.raises(ConnectionClosed) as closed:
+                c.until("never")
+            assert closed.value.rcvd is not None
+            assert closed.value.rcvd.code == 1009
+        again = {"session_id": session["id"], "resume_token": session["antiphon"]["resume_token"]}
+        with line(served, fresh=False, **again) as c:
+            c.send("response.cancel")
+            assert c.last("error")["error"]["code"] == "response_cancel_not_active"
+        other.say("What day is it?")
+        assert other.last("conversation.item.done")
+
+
+def test_the_caches_of_sessions_that_have_ended_are_gone_without_the_collector(server, monkeypatch):
+    held, begin = WeakSet[Call](), Call.__init__
+
+    def noted(self: Call, *how: Any) -> None:
+        held.add(self)
+        begin(self, *how)
+
+    monkeypatch.setattr(Call, "__init__", noted)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(4):
+            with line(server) as c:
+                c.say("What day is it?")
+                c.send("response.create")
+                c.until("response.done")
+        until(lambda: len(held) <= 1, 10)  # a lane may remember the last one it stepped
+    finally:
+        gc.enable()
 
 
 def test_who_says_nothing_for_long_is_closed():

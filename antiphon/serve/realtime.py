@@ -37,6 +37,7 @@ from antiphon.serve.sounds import from_wire
 from antiphon.serve.talk import Talk
 from antiphon.serve.wire import as_json, new_id, parsed, wrong_field
 
+SLICE = 12000  # samples that are judged at once
 OUTBOX = 256  # events that wait for a client; then the conversation waits
 GOING_AWAY, NORMAL = 1001, 1000  # why a WebSocket is closed
 LEAVING = 1.0  # seconds in which it becomes known why a client is gone
@@ -87,6 +88,7 @@ class Session:
         """Leave."""
         if self._talk is not None:
             self._talk.close()
+            self._talk = None  # each knows the other: the caches would stay until the collector comes by
         self.house.endings.discard(self.ending.set)
 
     async def send(self, event: BaseModel) -> None:
@@ -146,7 +148,10 @@ class Session:
         talk = self.talk
         match event:
             case wire.InputAudioBufferAppendEvent():
-                await talk.hear(from_wire(talk.manner.heard_as, read_sound(event.audio, "audio")))
+                samples = from_wire(talk.manner.heard_as, read_sound(event.audio, "audio"))
+                for start in range(0, len(samples), SLICE):
+                    await talk.hear(samples[start : start + SLICE])
+                    await asyncio.sleep(0)  # of who sends minutes at once: others come between
             case wire.InputAudioBufferCommitEvent():
                 await talk.commit()
             case wire.InputAudioBufferClearEvent():
