@@ -257,7 +257,7 @@ def test_whatever_events_come_the_session_lives_and_keeps_to_itself(server, exam
         session = witness.events[0]["session"]["id"]
         ids = one_of(item, *IDS)
 
-        @always_the_same(3 * examples)
+        @always_the_same(2 * examples)
         @given(st.lists(messages(ids), min_size=4, max_size=16))
         def talk(sent: list[str | bytes]) -> None:
             with stranger(server) as socket:
