@@ -520,6 +520,26 @@ def test_sound_may_come_faster_and_slower_than_it_was_spoken_and_after_an_hour_o
         same(replies[0], reply)
 
 
+def test_who_waits_no_longer_for_what_was_asked_hurts_nobody():
+    """As a task of asyncio that is cancelled does to the Future it waits for."""
+    with Engine(model()) as engine:
+        one, other = engine.open(), engine.open()
+        other.append_text("hello")
+        answer = other.respond(max_frames=6, max_text_tokens=6)
+        for what in ("good", "morning"):
+            one.append_text(what).cancel()
+        assert one.respond(max_frames=3, max_text_tokens=6).reply().text == told("goodmorning").text
+        assert answer.reply().text == told("hello").text
+        assert one.error is other.error is None
+
+
+def told(text: str) -> Reply:
+    """What the readable loop answers."""
+    session = model().session()
+    session.append_text(text)
+    return collect(session.respond(max_frames=3, max_text_tokens=6))
+
+
 def test_an_error_of_the_engine_itself_leaves_nobody_waiting(monkeypatch):
     def broken(self: Thinking) -> Any:
         if any(call.turn for call in self.house.calls):

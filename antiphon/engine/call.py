@@ -76,6 +76,9 @@ class Wish:
     asked: Windows | None = None  # that AuT has to hear before the next step
     heard: Tensor | None = None  # [n, U] what it gave
 
+    def __post_init__(self) -> None:
+        self.done.set_running_or_notify_cancel()  # it is done also if nobody waits any more: `cancel` changes nothing
+
     @property
     def waits(self) -> bool:
         """Whether AuT has to hear something first."""
