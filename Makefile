@@ -5,7 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: talk test test-long browser load check parity bench clean
+CLIENTS := .venv-conformance
+CLIENTS_STAMP := $(CLIENTS)/.installed
+
+.PHONY: talk test test-long browser load conformance check parity bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +42,16 @@ load: $(STAMP)
 	OMP_NUM_THREADS=1 ANTIPHON_LOAD_SECONDS=$(SECONDS) ANTIPHON_LOAD_CONVERSATIONS=$(CONVERSATIONS) \
 		$(BIN)/pytest -m load -s tests/test_load.py
 
+# unmodified clients need no torch, and their own versions of what we share: they have an environment of their own
+$(CLIENTS_STAMP): tests/conformance/requirements.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --requirement tests/conformance/requirements.txt
+	touch $@
+
+## stock clients of OpenAI's protocols against a running server
+conformance: $(STAMP) $(CLIENTS_STAMP)
+	OMP_NUM_THREADS=1 $(CLIENTS)/bin/python -m pytest -o addopts=-q --confcutdir tests/conformance tests/conformance
+
 ## style and types
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -59,4 +72,4 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.front_end_peak
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info
