@@ -50,7 +50,7 @@ $(CLIENTS_STAMP): tests/conformance/requirements.txt
 
 ## stock clients of OpenAI's protocols against a running server
 conformance: $(STAMP) $(CLIENTS_STAMP)
-	OMP_NUM_THREADS=1 $(CLIENTS)/bin/python -m pytest -o addopts=-q --confcutdir tests/conformance tests/conformance
+	OMP_NUM_THREADS=1 OPENAI_AGENTS_DISABLE_TRACING=1 $(CLIENTS)/bin/python -m pytest -o addopts=-q --confcutdir tests/conformance tests/conformance
 
 ## style and types
 check: $(STAMP)

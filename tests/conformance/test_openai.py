@@ -143,7 +143,8 @@ def test_chat_streams_what_it_answers_at_once(server, questions, turns):
     whole = server.client().chat.completions.create(**how, audio={"voice": "ethan", "format": "wav"})
     audio = whole.choices[0].message.audio
     assert audio.transcript == turns[0].said
-    assert wave.open(io.BytesIO(base64.b64decode(audio.data))).getnframes() > 2400
+    with wave.open(io.BytesIO(base64.b64decode(audio.data))) as file:
+        assert file.getnframes() > 2400
     pieces = server.client().chat.completions.create(**how, audio={"voice": "ethan", "format": "pcm16"}, stream=True)
     deltas = [piece.choices[0].delta.audio for piece in pieces if piece.choices]
     assert "".join(delta.transcript or "" for delta in deltas if delta) == audio.transcript
