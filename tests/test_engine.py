@@ -520,6 +520,26 @@ def test_sound_may_come_faster_and_slower_than_it_was_spoken_and_after_an_hour_o
         same(replies[0], reply)
 
 
+def test_who_waits_no_longer_for_what_was_asked_hurts_nobody():
+    """As a task of asyncio that is cancelled does to the Future it waits for."""
+    with Engine(model()) as engine:
+        one, other = engine.open(), engine.open()
+        other.append_text("hello")
+        answer = other.respond(max_frames=6, max_text_tokens=6)
+        for what in ("good", "morning"):
+            one.append_text(what).cancel()
+        assert one.respond(max_frames=3, max_text_tokens=6).reply().text == told("goodmorning").text
+        assert answer.reply().text == told("hello").text
+        assert one.error is other.error is None
+
+
+def told(text: str) -> Reply:
+    """What the readable loop answers."""
+    session = model().session()
+    session.append_text(text)
+    return collect(session.respond(max_frames=3, max_text_tokens=6))
+
+
 def test_an_error_of_the_engine_itself_leaves_nobody_waiting(monkeypatch):
     def broken(self: Thinking) -> Any:
         if any(call.turn for call in self.house.calls):
@@ -559,6 +579,32 @@ def test_a_prompt_over_the_limit_is_told_and_nobody_else_is_hurt():
     with pytest.raises(CapacityError, match="its cache holds 2048; shorten it"):
         refused.reply()
     assert len(answer.reply().codes) == 3
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_an_answer_is_cancelled_while_what_was_asked_is_still_heard(monkeypatch, early):
+    """AuT hears the end of a question after the answer was asked for: who cancels, or throws a guess away, then."""
+    engine = Engine(model())
+    call = engine.open()
+    hear, heard = Thinking.hear, list[bool]()
+    call.append_audio(clip(0, 0.7), RATE)
+    engine.run()
+
+    def interrupted(self: Thinking, calls: list[Call]) -> None:
+        heard.append(True)
+        call.cancel()
+        hear(self, calls)
+
+    monkeypatch.setattr(Thinking, "hear", interrupted)
+    if early:
+        call.guess(max_frames=FRAMES)
+        engine.run()
+        assert engine.calls == [call]
+    else:
+        events = call.respond(max_frames=FRAMES)
+        engine.run()
+        assert events.reply().finish == "cancelled"
+    assert heard
 
 
 def test_an_answer_that_is_cancelled_before_it_began_says_nothing():

@@ -89,7 +89,14 @@ def test_a_schema_admits_what_it_says(schema, right, wrong):
         assert not admits(schema, text), text
 
 
-@pytest.mark.parametrize("schema", [7, {"type": "what"}, {"$ref": "#/none"}, {"$ref": "#"}])
+@pytest.mark.parametrize(
+    "schema",
+    [
+        *(7, {"type": "what"}, {"type": 7}, {"type": [[]]}, {"type": []}, {"$ref": "#/none"}, {"$ref": "#"}),
+        *({"anyOf": 5}, {"oneOf": []}, {"enum": 7}, {"enum": []}, {"type": "array", "items": 1}),
+        *({"properties": [1]}, {"properties": {"x": {}}, "required": 3}, {"properties": {"x": {"type": {}}}}),
+    ],
+)
 def test_what_is_no_schema_is_refused(schema):
     with pytest.raises(InputError):
         start(grammar_of(schema))

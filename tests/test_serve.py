@@ -1,20 +1,31 @@
 """The server around its endpoints: its life, who may come in, with how much, and what it tells a monitor."""
 
+import asyncio
 import json
 import logging
+import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import httpx2
 import openai
 import pytest
+from starlette.requests import Request
+from starlette.responses import Response
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 from antiphon.engine import Engine
 from antiphon.errors import InputError
-from antiphon.serve.logs import JsonLines
+from antiphon.serve.logs import JsonLines, to_standard_error
 from antiphon.serve.openapi import ENDPOINTS
 from antiphon.serve.settings import KEYS, Settings, read_keys
-from tests.serving import Served, engine, serving
+from tests.serving import Served, engine, serving, until
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +47,23 @@ def test_health_is_200_only_when_it_can_answer():
         assert refused.status_code == 503
         assert refused.headers["retry-after"]
         ready.set()
+
+
+def test_the_container_is_healthy_only_when_it_can_answer():
+    dockerfile = (Path(__file__).parent.parent / "Dockerfile").read_text()
+    check = json.loads(dockerfile.partition("HEALTHCHECK")[2].partition("CMD ")[2].splitlines()[0])
+    ready = threading.Event()
+
+    def make() -> Engine:
+        assert ready.wait(60)
+        return engine()
+
+    with serving(make=make, wait=False) as served, served.http() as http:
+        words = [sys.executable, "-c", check[2].replace("127.0.0.1:8000", served.host)]
+        assert subprocess.run(words, stderr=subprocess.DEVNULL).returncode != 0
+        ready.set()
+        until(lambda: http.get("/health").status_code == 200)
+        assert subprocess.run(words).returncode == 0
 
 
 def test_the_model_is_listed_under_all_its_names():
@@ -125,6 +153,64 @@ def test_a_body_that_does_not_come_is_given_up():
         assert http.get("/health").status_code == 200
 
 
+def drip(host: str, began: bytes) -> float:
+    """Seconds until a server hangs up on who sends a header's bytes one by one."""
+    address, _, port = host.partition(":")
+    with socket.create_connection((address, int(port))) as line:
+        line.sendall(began)
+        begun = time.monotonic()
+        with suppress(ConnectionError):
+            while time.monotonic() < begun + 10:
+                line.sendall(b"x")
+                line.settimeout(0.1)
+                with suppress(TimeoutError):
+                    while line.recv(4096):
+                        pass
+                    break
+        return time.monotonic() - begun
+
+
+@pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"], ids=["first", "second"])
+def test_a_head_that_comes_byte_by_byte_is_given_up(before):
+    with serving(Settings(head_seconds=1)) as served, served.http() as http:
+        assert 0.8 < drip(served.host, before + b"GET /health HTTP/1.1\r\nx: ") < 5
+        assert http.get("/health").status_code == 200
+
+
+def test_a_connection_that_says_nothing_is_given_up_and_a_slow_answer_is_not(monkeypatch):
+    async def slow(request: Request) -> Response:
+        await asyncio.sleep(1.5)
+        return Response()
+
+    monkeypatch.setattr("antiphon.serve.app.health", slow)
+    with serving(Settings(head_seconds=1), wait=False) as served, served.http() as http:
+        address, _, port = served.host.partition(":")
+        with socket.create_connection((address, int(port)), timeout=5) as silent:
+            assert http.get("/health").status_code == 200
+            assert silent.recv(1) == b""
+
+
+def test_the_log_holds_no_query_and_calls_no_refusal_an_error(server, capfd, monkeypatch):
+    for name in ("antiphon.serve", "uvicorn.error"):  # put back as they were
+        logger = logging.getLogger(name)
+        for attribute in ("handlers", "propagate", "level"):
+            monkeypatch.setattr(logger, attribute, getattr(logger, attribute))
+        logger.handlers = []
+    to_standard_error()
+    secret = "who-can-come-back"
+    with server.http() as http:
+        http.get(f"/v1/models?resume_token={secret}")
+    with pytest.raises(InvalidStatus):
+        connect(f"ws://{server.host}/v1/realtime?session_id=x&resume_token={secret}")
+    time.sleep(0.2)  # uvicorn may have something to add
+    told = [json.loads(text) for text in capfd.readouterr().err.splitlines()]
+    assert [(one["event"], one["path"], one["level"]) for one in told] == [
+        ("request", "/v1/models", "info"),
+        ("request", "/v1/realtime", "info"),
+    ]
+    assert secret not in str(told)
+
+
 def test_metrics_count_requests_and_refusals(server):
     with server.http() as http:
         http.get("/v1/models")
@@ -141,6 +227,8 @@ def test_the_description_names_every_endpoint(server):
         page = http.get("/docs").text
     assert {one.path for one in ENDPOINTS} == set(document["paths"])
     assert all(one.path in page for one in ENDPOINTS)
+    chat = document["paths"]["/v1/chat/completions"]["post"]
+    assert set(chat["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
     refs = json.dumps(document)
     for name in {part.split('"')[0] for part in refs.split("#/components/schemas/")[1:]}:
         assert name in document["components"]["schemas"]

@@ -112,6 +112,14 @@ def test_a_small_file_of_much_sound_is_not_decoded_to_its_end():
     assert len(bomb.getvalue()) < 200_000
     with serving(Settings(file_seconds=50)) as served, pytest.raises(openai.BadRequestError, match="longer than"):
         served.client().audio.transcriptions.create(model="tiny", file=("x", bomb.getvalue()))
+    with serving(Settings(audio_seconds=50)) as served, served.http() as http:
+        data = base64.b64encode(bomb.getvalue()).decode()
+        part = {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+        asked = {"model": "tiny", "messages": [{"role": "user", "content": [part]}]}
+        voice = {"data": {"name": "bomb"}, "files": {"audio_sample": ("x", bomb.getvalue())}}
+        for refused in (http.post("/v1/chat/completions", json=asked), http.post("/v1/audio/voices", **voice)):
+            assert refused.status_code == 400
+            assert "longer than" in refused.json()["error"]["message"]
     wide = io.BytesIO()
     soundfile.write(wide, np.zeros((100, 64), np.int16), 24000, format="WAV")
     with pytest.raises(Exception, match="64 channels"):

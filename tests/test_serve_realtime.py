@@ -2,11 +2,13 @@
 
 import asyncio
 import base64
+import gc
 import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -15,20 +17,24 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 from websockets.typing import Origin, Subprotocol
 
-from antiphon.audio import from_pcm16, read_audio
+from antiphon.audio import Samples, from_pcm16, pcm16, read_audio
 from antiphon.engine import Call
 from antiphon.engine.call import Turn
 from antiphon.engine.lanes import Speaking
+from antiphon.errors import InputError
 from antiphon.generate import Omni, collect
 from antiphon.serve.settings import Settings
 from antiphon.serve.sounds import WireOut, from_wire
+from antiphon.serve.talk import Talk
 from antiphon.train.dialog import TOOLS
 from antiphon.transcripts import transcribe
-from tests.realtime_line import at_24k, line, quiet, sound_of, text_of, types
+from tests.realtime_line import Line, at_24k, line, quiet, sound_of, text_of, types
 from tests.serving import Served, engine, serving, tiny, until
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+HALF = {"type": "retention_ratio", "retention_ratio": 0.5}
 PUSH_TO_TALK: Any = {"input": {"turn_detection": None}}
+NO_SCHEMA = {"type": "function", "name": "f", "parameters": {"type": 7}}
 IMAGE = {"type": "message", "role": "user", "content": [{"type": "input_image", "image_url": "x"}]}
 ANSWER = [
     "response.output_item.added",
@@ -373,6 +379,95 @@ def test_an_answer_beside_the_conversation_leaves_no_trace(server):
         assert text_of(c.until("response.done")) == said.text
 
 
+def test_an_answer_to_other_items_is_of_the_conversation(server):
+    """`input` takes the place of what was said, for one answer; items that were said may be named in it."""
+    with line(server) as c:
+        c.say("What is three plus four?")
+        first = c.last("conversation.item.done")["item"]["id"]
+        c.say("What day is it?")
+        c.until("conversation.item.done")
+        named = {"input": [{"type": "item_reference", "id": first}], "output_modalities": ["text"]}
+        c.send("response.create", response=named)
+        events = c.until("response.done")
+        said = tiny().generate([{"role": "user", "content": "What is three plus four?"}], audio=False).text
+        assert text_of(events) == said
+        assert "conversation.item.added" in types(events)
+        messages: list[dict[str, Any]] = [
+            {"role": "user", "content": "What is three plus four?"},
+            {"role": "user", "content": "What day is it?"},
+            {"role": "assistant", "content": said},
+            {"role": "user", "content": "What day is it?"},
+        ]
+        c.say("What day is it?")
+        c.send("response.create", response={"output_modalities": ["text"]})
+        assert text_of(c.until("response.done")) == tiny().generate(messages, audio=False).text
+        c.send("response.create", response={"input": [{"type": "item_reference", "id": "other"}]})
+        assert c.last("error")["error"]["code"] == "item_retrieve_invalid_item_id"
+
+
+def test_instructions_of_one_answer_are_for_it_alone(server):
+    question: dict[str, Any] = {"role": "user", "content": "What is three plus four?"}
+    with line(server) as c:
+        c.update(instructions="You are brief.", output_modalities=["text"])
+        c.say("What is three plus four?")
+        c.send("response.create", response={"instructions": "Say what day it is."})
+        first = text_of(c.until("response.done"))
+        assert (
+            first == tiny().generate([{"role": "system", "content": "Say what day it is."}, question], audio=False).text
+        )
+        c.say("What is three plus four?")
+        c.send("response.create")
+        after = [{"role": "system", "content": "You are brief."}, question, {"role": "assistant", "content": first}]
+        assert text_of(c.until("response.done")) == tiny().generate([*after, question], audio=False).text
+
+
+def test_instructions_are_enough_to_begin_with(server):
+    with line(server) as c:
+        c.update(instructions="You are brief.", output_modalities=["text"])
+        c.send("response.create")
+        assert c.last("response.done")["response"]["status"] == "completed"
+
+
+def test_tools_of_one_answer_are_for_it_alone(server):
+    timer = next(tool for tool in TOOLS if "timer" in tool["function"]["name"])
+    one = {"tools": [{"type": "function", **timer["function"]}], "tool_choice": "required"}
+    with line(server) as c:
+        c.update(output_modalities=["text"])
+        c.say("Set a timer for five minutes")
+        c.send("response.create", response=one)
+        called = c.last("response.done")["response"]["output"]
+        assert [item["name"] for item in called if item["type"] == "function_call"] == [timer["function"]["name"]]
+        c.say("Set a timer for five minutes")
+        c.send("response.create")
+        answered = c.last("response.done")["response"]["output"]
+        assert not [item for item in answered if item["type"] == "function_call"]
+
+
+@pytest.mark.parametrize(
+    ("response", "param"),
+    [
+        ({"prompt": {"id": "p"}}, "response.prompt"),
+        ({"tool_choice": "required"}, "response.tool_choice"),
+        ({"tools": [{"type": "mcp", "server_label": "x"}]}, "response.tools"),
+        ({"max_output_tokens": 0}, "response.max_output_tokens"),
+        ({"audio": {"output": {"voice": "nobody"}}}, "response.audio.output.voice"),
+        ({"conversation": "conv_other"}, "response.conversation"),
+        ({"input": [{"type": "message", "role": "user"}]}, "content"),
+        ({"input": 7}, "input"),
+    ],
+)
+def test_what_an_answer_cannot_be_given_in_is_said(server, response, param):
+    with line(server) as c:
+        c.say("What day is it?")
+        c.until("conversation.item.done")
+        c.send("response.create", response=response)
+        error = c.last("error")["error"]
+        assert error["type"] == "invalid_request_error"
+        assert param in (error.get("param") or "")
+        c.send("response.create", response={"output_modalities": ["text"]})
+        assert c.last("response.done")["response"]["status"] == "completed"
+
+
 def test_what_was_sent_of_a_turn_can_be_taken_back(server):
     with line(server) as c:
         c.update(audio=PUSH_TO_TALK, output_modalities=["text"])
@@ -428,10 +523,49 @@ def test_nobody_there_for_a_while(server):
         c.say("What day is it?")
         c.send("response.create", response={"max_output_tokens": 4})
         c.until("response.done")
+        done = time.monotonic()
         events = c.until("response.done")
+        assert time.monotonic() - done > 1.0
         in_order(
             ["input_audio_buffer.timeout_triggered", "input_audio_buffer.committed", "response.created"], types(events)
         )
+
+
+def test_somebody_who_speaks_is_not_asked_whether_they_are_there(server):
+    taking = {"type": "server_vad", "idle_timeout_ms": 1500, "create_response": False}
+    with line(server) as c:
+        c.update(audio={"input": {"turn_detection": taking}})
+        c.say("What day is it?")
+        c.send("response.create", response={"max_output_tokens": 4})
+        c.until("response.done")
+        c.append(np.concatenate([quiet(0.5), at_24k(EXAMPLES / "question.wav"), quiet(0.7)]), 60)
+        c.until("input_audio_buffer.committed")
+        time.sleep(2)
+        c.send("conversation.item.retrieve", item_id="nothing")
+        seen = types(c.until("error"))
+        assert "input_audio_buffer.timeout_triggered" not in seen
+        assert "response.created" not in seen, "create_response is false"
+
+
+def fill(c: Line) -> None:
+    """Say more than the model has positions for."""
+    for _ in range(9):
+        c.say("What day is it? " * 250)
+
+
+@pytest.mark.long  # 8192 positions, three times
+@pytest.mark.parametrize(
+    ("truncation", "status"),
+    [("auto", "completed"), ({"type": "retention_ratio", "retention_ratio": 0.3}, "completed"), ("disabled", "failed")],
+)
+def test_a_conversation_that_is_full_forgets_its_beginning_or_says_so(server, truncation, status):
+    with line(server) as c:
+        c.update(truncation=truncation, output_modalities=["text"])
+        fill(c)
+        c.send("response.create", response={"max_output_tokens": 8})
+        done = c.last("response.done")["response"]
+        assert done["status"] in (status, "incomplete" if status == "completed" else status)
+        assert status == "completed" or done["status_details"]["error"]["code"]
 
 
 @pytest.mark.parametrize(
@@ -446,6 +580,18 @@ def test_nobody_there_for_a_while(server):
         ({"output_modalities": ["text", "audio"]}, "session.output_modalities"),
         ({"tools": [{"type": "mcp", "server_label": "x"}]}, "session.tools"),
         ({"truncation": {"type": "retention_ratio", "retention_ratio": 0.99}}, "session.truncation"),
+        (
+            {
+                "truncation": {
+                    "type": "retention_ratio",
+                    "retention_ratio": 0.5,
+                    "token_limits": {"post_instructions": 9},
+                }
+            },
+            "token_limits",
+        ),
+        ({"prompt": {"id": "p"}}, "session.prompt"),
+        ({"max_output_tokens": 5000}, "session.max_output_tokens"),
         ({"type": "transcription"}, "session.type"),
         ({"type": "other"}, "session"),
         ({"instructions": 7}, "session"),
@@ -485,6 +631,9 @@ def test_what_cannot_be_set_is_said_and_changes_nothing(server, session, param):
         '{"type": "response.create", "response": {"output_modalities": []}, "x": ' + "[" * 500 + "]" * 500 + "}",
         '{"type": "response.create"}',
         '{"type": "session.update", "session": 7}',
+        '{"type": "response.cancel", "event_id": "\\ud800"}',
+        '{"type": "conversation.item.retrieve", "item_id": "\\ud800"}',
+        json.dumps({"type": "session.update", "session": {"type": "realtime", "tools": [NO_SCHEMA]}}),
     ],
 )
 def test_nonsense_is_answered_and_the_session_goes_on(server, message):
@@ -494,6 +643,81 @@ def test_nonsense_is_answered_and_the_session_goes_on(server, message):
         assert error["type"] in ("invalid_request_error",) or "nothing to answer" in str(error)
         c.say("What day is it?")
         assert c.last("conversation.item.done")
+
+
+# ---------------------------------------------------------------------------------------- what is kept
+
+
+def test_what_cannot_be_written_down_is_told_and_the_next_turn_is(server, monkeypatch):
+    question = at_24k(EXAMPLES / "question.wav")
+    append = Call.append_clip
+
+    def failing(self: Call, samples: Any, rate: int) -> Any:
+        monkeypatch.setattr(Call, "append_clip", append)
+        raise InputError("this cannot be heard")
+
+    with line(server) as c:
+        c.update(audio={"input": {"turn_detection": None, "transcription": {"model": "whisper-1"}}})
+        monkeypatch.setattr(Call, "append_clip", failing)
+        c.append(question, 9)
+        c.send("input_audio_buffer.commit")
+        item = c.last("conversation.item.added")["item"]["id"]
+        failed = c.last("conversation.item.input_audio_transcription.failed")
+        assert (failed["item_id"], failed["content_index"]) == (item, 0)
+        assert failed["error"]["message"] == "this cannot be heard"
+        assert failed["error"]["type"] == "invalid_request_error"
+        c.append(question, 9)
+        c.send("input_audio_buffer.commit")
+        assert c.last("conversation.item.input_audio_transcription.completed")["transcript"]
+
+
+def test_older_sound_is_forgotten_beyond_a_limit_and_told_as_it_was_written_down():
+    question = at_24k(EXAMPLES / "question.wav")
+    with serving(Settings(history_bytes=2 * len(question) + 100)) as served, line(served) as c:
+        c.update(output_modalities=["text"], audio={"input": {"turn_detection": None, "transcription": {"model": "x"}}})
+        users, texts = [], []
+        for _ in range(3):
+            c.append(question, 3)
+            c.send("input_audio_buffer.commit")
+            users.append(c.last("conversation.item.added")["item"]["id"])
+            texts.append(c.last("conversation.item.input_audio_transcription.completed")["transcript"])
+        kept = []
+        for id in users:
+            c.send("conversation.item.retrieve", item_id=id)
+            kept.append("audio" in c.last("conversation.item.retrieved")["item"]["content"][0])
+        assert kept == [False, True, True]  # what was said last stands outside of the limit
+        c.send("conversation.item.delete", item_id=users[1])  # so that it is told anew
+        c.send("response.create")
+        session = tiny().session(window=2)
+        session.append_message({"role": "user", "content": texts[0]})
+        session.append_message({"role": "user", "content": [{"type": "audio", "audio": (heard(question), 24000)}]})
+        assert text_of(c.until("response.done")) == collect(session.respond(audio=False)).text
+
+
+def heard(samples: Samples) -> Samples:
+    """Samples as they come out of the wire."""
+    return from_pcm16(pcm16(samples))
+
+
+def test_who_sends_minutes_at_once_holds_nobody_up(server, monkeypatch):
+    """Judging them takes seconds; between their pieces others are served."""
+    heard, hear = list[int](), Talk.hear
+
+    async def slow(self: Talk, samples: Samples) -> None:
+        heard.append(len(samples))
+        time.sleep(0.05)  # on the event loop, as the detector
+        await hear(self, samples)
+
+    with line(server) as one, line(server) as other:
+        monkeypatch.setattr(Talk, "hear", slow)
+        one.append(quiet(20))
+        until(lambda: bool(heard))
+        other.send("conversation.item.retrieve", item_id="nothing")
+        other.last("error")
+        assert 0 < sum(heard) < 20 * 24000, "the other had to wait for all of it"
+        one.send("conversation.item.retrieve", item_id="nothing")
+        one.last("error")
+        assert sum(heard) == 20 * 24000
 
 
 # ---------------------------------------------------------------------------------------- coming and going
@@ -537,6 +761,44 @@ def test_sessions_have_a_limit_and_lost_ones_make_room():
         line(served),
     ):
         pass
+
+
+def test_a_message_beyond_the_limit_ends_its_connection_and_the_session_can_be_taken_up():
+    with serving(Settings(message_bytes=20_000)) as served, line(served) as other:
+        with line(served) as c:
+            session = c.events[0]["session"]
+            c.send("input_audio_buffer.append", audio="A" * 30_000)
+            with pytest.raises(ConnectionClosed) as closed:
+                c.until("never")
+            assert closed.value.rcvd is not None
+            assert closed.value.rcvd.code == 1009
+        again = {"session_id": session["id"], "resume_token": session["antiphon"]["resume_token"]}
+        with line(served, fresh=False, **again) as c:
+            c.send("response.cancel")
+            assert c.last("error")["error"]["code"] == "response_cancel_not_active"
+        other.say("What day is it?")
+        assert other.last("conversation.item.done")
+
+
+def test_the_caches_of_sessions_that_have_ended_are_gone_without_the_collector(server, monkeypatch):
+    held, begin = WeakSet[Call](), Call.__init__
+
+    def noted(self: Call, *how: Any) -> None:
+        held.add(self)
+        begin(self, *how)
+
+    monkeypatch.setattr(Call, "__init__", noted)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(4):
+            with line(server) as c:
+                c.say("What day is it?")
+                c.send("response.create")
+                c.until("response.done")
+        until(lambda: len(held) <= 1, 10)  # a lane may remember the last one it stepped
+    finally:
+        gc.enable()
 
 
 def test_who_says_nothing_for_long_is_closed():

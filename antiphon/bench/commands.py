@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,8 +57,52 @@ class Rival(StrEnum):
     transformers = "transformers"
 
 
+@dataclass
+class Account:
+    """What was found: told line by line, and written as it comes, since a long run may be cut off."""
+
+    out: Path | None = None
+    quiet: bool = False
+    found: dict[str, Any] = field(default_factory=dict)
+    runs: list[Run] = field(default_factory=list)
+
+    def tell(self, text: str) -> None:
+        """A line for who watches."""
+        if not self.quiet:
+            print(text, flush=True)
+
+    def keep(self, **facts: Any) -> None:
+        """Something more."""
+        self.found.update(facts)
+        if self.out is not None:
+            write_text(self.out, json.dumps(self.found, indent=1))
+
+    def take(self, runs: Iterable[Run], ear: Omni | None = None) -> None:
+        """Every load, a line of the table each; what `ear` reads back is in it."""
+        for one in runs:
+            if ear is not None:
+                one.figures.update(derailed(ear, one.answers))
+            if not self.runs:
+                titles = [*TITLES, *(["derailed"] if ear else [])]
+                self.tell("times are p50 / p95 / p99 in ms\n\n" + heading(titles))
+            more = [f"{one.figures['derailed']} of {one.figures['read_back']}"] if ear else []
+            self.tell(line([*cells(one.figures), *more]))
+            self.runs.append(one)
+            self.keep(loads=[one.figures for one in self.runs])
+        if best := kept([one.figures for one in self.runs]):
+            self.tell(f"\nall conversations were in time with {best} at once")
+
+
 def bench(
     model: Model = "tiny",
+    url: Annotated[
+        str | None,
+        typer.Option(
+            help="Drive a server, which calls the model MODEL, instead: ws://host:port by OpenAI's Realtime,"
+            " http://host:port by streaming chat. Its key is taken from OPENAI_API_KEY; its limit of tokens is"
+            " --max-frames."
+        ),
+    ] = None,
     random: Annotated[
         str | None,
         typer.Option(
@@ -125,62 +169,49 @@ def bench(
     """Measure the engine under load: questions spoken in real time by many at once, answers played as they come.
 
     Beside it: the floor, how many the machine keeps in time, transformers, and a long conversation over a fresh one.
+    With --url, any server that speaks OpenAI's protocols under the same load.
     """
     if random is not None and against is not None:
         raise InputError("transformers needs a checkpoint on disk; give a MODEL instead of --random")
+    if url is not None and any((random, capacity, read_back, against, nth_turn, timeline, picture)):
+        raise InputError("over --url only what clients see can be measured; give it -c, --rate, --plot and --out")
     tokens = max_text_tokens or (1024 if random is None else max(2, max_frames // 2))
     base = Load(1, 0.0, seconds, turns, uploaded, max_frames, tokens, verbatim=random is not None, window=window)
     loads = _loads(base, conversations or (() if rate or against or nth_turn else _at_once(device)), rate or ())
     if not loads and (timeline or picture or plot):
         raise InputError("there is no load to draw; give -c or --rate")
     questions = [read_audio(path) for path in question or ()] or [(tone(), 16000)]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # each lane is a thread, and small products gain nothing from more
-    omni = _model(model, random, device, dtype)
-    omni.session(window=window)  # what cannot be is refused before anything is measured
-    tell: Callable[[str], None] = (lambda text: None) if as_json else lambda text: print(text, flush=True)
-    about: dict[str, Any] = {
-        "machine": _machine(omni),
-        "torch": torch.__version__,
-        "dtype": str(omni.dtype).removeprefix("torch."),
-    }
-    tell(", ".join([random or model, *about.values()]) + "\n")
-    about["floor"] = least = floor(omni)
-    tell(_floor_told(least))
-    with _engine(omni, loads, capacity) as engine:
-        about["capacity"] = engine.capacity
-        tell(f"kept in time, {'as given' if capacity else 'as measured'}: {engine.capacity} conversations\n")
-        runs = list[Run]()
-        for one in _run(engine, questions, loads, read_back, tell):
-            runs.append(one)
-            about["loads"] = [one.figures for one in runs]
-            _write(out, about)  # as it comes: a long run may be cut off
-        engine.capacity = None
-        if nth_turn is not None:
-            about["turns"] = found = nth_over_second(engine, questions[0], nth_turn, base, rounds)
-            tell(_turns_told(found))
-        if against is not None:
-            about["against"] = _against(engine, model, questions[0], base, rounds, threads, tell)
+    account = Account(out, as_json)
+    if url is not None:
+        _over_the_wire(account, url, model, questions, loads)
+    else:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # each lane is a thread, and small products gain nothing from more
+        omni = _model(model, random, device, dtype)
+        omni.session(window=window)  # what cannot be is refused before anything is measured
+        _about(account, random or model, omni)
+        with _engine(account, omni, loads, capacity) as engine:
+            account.take(run(engine, questions, loads), omni if read_back else None)
+            engine.capacity = None
+            if nth_turn is not None:
+                account.keep(turns=nth_over_second(engine, questions[0], nth_turn, base, rounds))
+                account.tell(_turns_told(account.found["turns"]))
+            if against is not None:
+                _against(account, engine, model, questions[0], base, rounds, threads)
     if timeline is not None:
-        write_text(timeline, json.dumps(trace_of([work for one in runs for work in one.work])))
+        write_text(timeline, json.dumps(trace_of([work for one in account.runs for work in one.work])))
     if picture is not None:
-        moment(runs[0].work, runs[0].answers[0], picture)
+        moment(account.runs[0].work, account.runs[0].answers[0], picture)
     if plot is not None:
-        latency(about["loads"], plot)
-    _write(out, about)
+        latency(account.found["loads"], plot)
     if as_json:
-        print(json.dumps(about))
+        print(json.dumps(account.found))
 
 
 def tone() -> Samples:
     """A rising tone [N] at 16 kHz."""
     t = np.arange(round(TONE * 16000)) / 16000
     return (0.3 * np.sin(2 * np.pi * (200 + 100 * t) * t)).astype(np.float32)
-
-
-def _write(out: Path | None, about: dict[str, Any]) -> None:
-    if out is not None:
-        write_text(out, json.dumps(about, indent=1))
 
 
 def _at_once(device: str) -> Sequence[int]:
@@ -217,41 +248,52 @@ def _model(model: str, random: str | None, device: str, dtype: Dtype) -> Omni:
     return omni
 
 
-def _machine(model: Omni) -> str:
-    if model.device.type == "cuda":
-        return torch.cuda.get_device_name(model.device)
+def _about(account: Account, name: str, model: Omni) -> None:
+    """What is measured, and the least that it can take."""
+    machine = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else _cores()
+    account.keep(machine=machine, torch=torch.__version__, dtype=str(model.dtype).removeprefix("torch."))
+    account.tell(", ".join([name, *account.found.values()]) + "\n")
+    account.keep(floor=floor(model))
+    account.tell(_floor_told(account.found["floor"]))
+
+
+def _cores() -> str:
     return f"{os.cpu_count()} cores, {platform.machine()}"
 
 
+def _over_the_wire(
+    account: Account, url: str, model: str, questions: Sequence[Question], loads: Sequence[Load]
+) -> None:
+    """A server under the loads, and its own clock beside ours where it shows one."""
+    try:
+        from antiphon.bench import wire
+    except ImportError as error:
+        raise InputError(f"--url needs pip install 'antiphon[serve]' ({error.name} is missing)") from None
+    server = wire.Server(url, model)
+    account.keep(server=url, model=model, client=_cores())
+    account.tell(f"{model} at {url}, asked from {_cores()}\n")
+    account.take(wire.run(server, questions, loads))
+    for one in (taken.figures for taken in account.runs):
+        if one["own_ms"] is not None:
+            account.tell(
+                f"\n{cells(one)[0]}: the first packet comes after {one['wire_ms']:.0f} ms over the wire and "
+                f"{one['own_ms']:.0f} ms by the server's own clock (means of the same turns)"
+            )
+
+
 @contextmanager
-def _engine(model: Omni, loads: Sequence[Load], capacity: int | None) -> Iterator[Engine]:
+def _engine(account: Account, model: Omni, loads: Sequence[Load], capacity: int | None) -> Iterator[Engine]:
     """A running engine, warm for the loads, whose capacity is given or measured."""
+    given = capacity is not None
     engine, most = Engine(model, capacity), max((load.conversations or 0 for load in loads), default=0)
     with say.status("measuring how many conversations are kept in time" if capacity is None else "warming up"):
         if capacity is None:
             capacity = engine.measure(max(most, MOST))
         engine.warm(max(most, capacity))
+    account.keep(capacity=capacity)
+    account.tell(f"kept in time, {'as given' if given else 'as measured'}: {capacity} conversations\n")
     with engine:
         yield engine
-
-
-def _run(
-    engine: Engine, questions: Sequence[Question], loads: Sequence[Load], read_back: bool, tell: Callable[[str], None]
-) -> Iterator[Run]:
-    """Every load, told line by line."""
-    figures = list[dict[str, Any]]()
-    titles = [*TITLES, *(["derailed"] if read_back else [])]
-    for i, one in enumerate(run(engine, questions, loads)):
-        if read_back:
-            one.figures.update(derailed(engine.model, one.answers))
-        if i == 0:
-            tell("times are p50 / p95 / p99 in ms\n\n" + heading(titles))
-        more = [f"{one.figures['derailed']} of {one.figures['read_back']}"] if read_back else []
-        tell(line([*cells(one.figures), *more]))
-        figures.append(one.figures)
-        yield one
-    if best := kept(figures):
-        tell(f"\nall conversations were in time with {best} at once")
 
 
 def _floor_told(least: dict[str, Any]) -> str:
@@ -274,8 +316,8 @@ def _turns_told(found: dict[str, Any]) -> str:
 
 
 def _against(
-    engine: Engine, name: str, question: Question, load: Load, rounds: int, threads: int, tell: Callable[[str], None]
-) -> list[dict[str, Any]]:
+    account: Account, engine: Engine, name: str, question: Question, load: Load, rounds: int, threads: int
+) -> None:
     """The table of transformers, the readable loop and the engine."""
     model = engine.model
     with say.status("the same checkpoint in transformers, the readable loop and the engine"):
@@ -283,10 +325,10 @@ def _against(
         case = Case([[question, "What did you hear?"]], None, model.voices[0])
         case = replace(case, max_text_tokens=max(2, load.max_frames // 2), max_frames=load.max_frames)
         rows = compare(engine, other, case, rounds, (1, TOGETHER), threads)
-    tell("\n" + heading(["", "frames/s", "over transformers", "first sound", "sooner"]))
+    account.keep(against=rows)
+    account.tell("\n" + heading(["", "frames/s", "over transformers", "first sound", "sooner"]))
     for row in rows:
         rates = [f"{row['frames_per_second']:.1f}", f"{row['over_transformers']:.1f} times"]
-        tell(line([row["name"], *rates, f"{row['first_sound_ms']:.0f} ms", f"{row['sooner']:.1f} times"]))
+        account.tell(line([row["name"], *rates, f"{row['first_sound_ms']:.0f} ms", f"{row['sooner']:.1f} times"]))
     if not all(row["says_the_same"] for row in rows):
-        tell("\nthey do not all say the same; antiphon verify shows where they part")
-    return rows
+        account.tell("\nthey do not all say the same; antiphon verify shows where they part")

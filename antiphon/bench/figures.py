@@ -43,32 +43,36 @@ def run(engine: Engine, questions: Sequence[Question], loads: Sequence[Load]) ->
         engine.work.clear()
         begun = engine.now()
         answers = measure(engine, questions, load)
-        yield Run(summary(engine, load, answers, engine.now() - begun), answers, list(engine.work))
+        seconds, work = engine.now() - begun, list(engine.work)
+        busy = sum(one.stop - one.start for one in work) / seconds
+        figures = summary(load, answers, seconds) | {"busy": busy, **memory(engine.model.device)}
+        yield Run(figures, answers, work)
     engine.capacity = capacity
 
 
-def summary(engine: Engine, load: Load, answers: Sequence[Answered], seconds: float) -> dict[str, Any]:
-    """The figures of one load: latencies in ms, late packets by play-out buffer, and what was done a second."""
-    good, frame = [a for a in answers if a.packets and not a.error], engine.seconds
-    gaps = [b - a for answer in good for a, b in zip(answer.packets, answer.packets[1:], strict=False)]
-    computing = sum(work.stop - work.start for work in list(engine.work))
+def summary(load: Load, answers: Sequence[Answered], seconds: float) -> dict[str, Any]:
+    """The figures of one load: latencies in ms, late packets by play-out buffer, and answers a second.
+
+    What only the host knows of itself (`busy`, memory) is None.
+    """
+    good = [a for a in answers if a.packets and not a.error]
+    gaps = [b.at - a.at for answer in good for a, b in zip(answer.packets, answer.packets[1:], strict=False)]
     return {
         **asdict(load),
         "answers": len(answers),
         "errors": sum(bool(a.error) and not a.refused for a in answers),
         "refused": sum(a.refused for a in answers),
         "held": len({a.conversation for a in answers if not a.refused}),
-        "in_time": in_time(answers, frame),
+        "in_time": in_time(answers),
         **{
             f"{n}_ms": _percentiles([1000 * (getattr(a, n) - a.asked) for a in good]) for n in ("text", "code", "sound")
         },
-        "rtf": _percentiles([(a.end - a.asked) / (len(a.packets) * frame) for a in good], digits=3),
-        "late": {f"{1000 * b:.0f} ms": sum(a.late(frame, b) for a in good) for b in BUFFERS},
+        "rtf": _percentiles([(a.end - a.asked) / a.seconds for a in good], digits=3),
+        "late": {f"{1000 * b:.0f} ms": sum(a.late(b) for a in good) for b in BUFFERS},
         "packets": sum(len(a.packets) for a in good),
         "longest_gap_ms": round(1000 * max(gaps, default=0.0), 1),
         "replies_per_second": len(good) / seconds,
-        "busy": computing / seconds,
-        **memory(engine.model.device),
+        **dict.fromkeys(("busy", "memory_mb", "device_memory_mb")),
     }
 
 
@@ -79,10 +83,10 @@ def memory(device: torch.device) -> dict[str, float | None]:
     return {"memory_mb": most, "device_memory_mb": tensors}
 
 
-def in_time(answers: Sequence[Answered], frame: float) -> int:
+def in_time(answers: Sequence[Answered]) -> int:
     """Conversations that were held without an error and without a packet that is late for a small buffer."""
     everyone = {a.conversation for a in answers}
-    return len(everyone - {a.conversation for a in answers if a.error or a.late(frame, IN_TIME)})
+    return len(everyone - {a.conversation for a in answers if a.error or a.late(IN_TIME)})
 
 
 def kept(figures: Sequence[dict[str, Any]]) -> int:
@@ -134,8 +138,8 @@ def cells(one: dict[str, Any]) -> list[str]:
         f"{one['in_time']} of {one['held']}",
         str(one["refused"]),
         f"{one['replies_per_second']:.2f}",
-        f"{100 * one['busy']:.0f} %",
-        f"{memory / 1024:.1f} GB",
+        "-" if one["busy"] is None else f"{100 * one['busy']:.0f} %",
+        "-" if memory is None else f"{memory / 1024:.1f} GB",
     ]
 
 

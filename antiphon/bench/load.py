@@ -1,4 +1,4 @@
-"""The engine under load: questions spoken in real time, answers played, and when everything came.
+"""A load on the engine, or on a server: questions spoken in real time, answers played, and when everything came.
 
     question ──80 ms pieces, in real time──> call ──> first text, first code, first sample, every packet's time
 
@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from antiphon.audio import Samples
-from antiphon.engine import Call, Engine
 from antiphon.errors import AntiphonError, BusyError
-from antiphon.generate import AudioDelta, Done, Reply, TextDelta
+from antiphon.generate import AudioDelta, Done, Event, Reply, TextDelta
 
 PIECE = 0.08  # seconds of a question that arrive at once
 AUDIBLE = 0.01  # of full scale: what is softer is silence, in questions and in answers
@@ -33,9 +33,44 @@ SEED = 1  # of who comes when
 Question = tuple[Samples, int]  # samples [N] and their rate
 
 
+class Conversation(Protocol):
+    """What is asked and answers: a call of the engine, or one that is held over the wire."""
+
+    def append_audio(self, samples: Any, rate: int) -> Any:
+        """More of a question [N]."""
+        ...
+
+    def respond(self, *, ahead: float | None, **limits: Any) -> Iterable[Event]:
+        """The answer as it comes."""
+        ...
+
+    def close(self) -> None:
+        """Leave."""
+        ...
+
+
+class Host(Protocol):
+    """Who holds conversations: the engine, or a server."""
+
+    def open(self, *, window: int | None) -> Conversation:
+        """A new one.
+
+        Raises:
+            BusyError: there are as many as it takes.
+        """
+        ...
+
+
+class Packet(NamedTuple):
+    """Sound that came at once."""
+
+    at: float  # when
+    seconds: float  # how much of it
+
+
 @dataclass(frozen=True)
 class Load:
-    """How the engine is driven: by `conversations` at once, or, where that is None, by `rate` a second that come."""
+    """How a host is driven: by `conversations` at once, or, where that is None, by `rate` a second that come."""
 
     conversations: int | None = 1  # at once, each asking again when it has been answered (closed loop)
     rate: float = 0.0  # conversations that begin a second, on average, and independently (open loop)
@@ -66,26 +101,36 @@ class Answered:
     text: float = np.nan  # first text
     code: float = np.nan  # first packet of sound
     sound: float = np.nan  # first packet with something to be heard in it
-    packets: list[float] = field(default_factory=list)  # when each came
+    packets: list[Packet] = field(default_factory=list)
     end: float = 0.0
     error: str = ""
     refused: bool = False  # the engine was full
     reply: Reply | None = None
 
-    def late(self, frame: float, buffer: float) -> int:
+    @property
+    def seconds(self) -> float:
+        """Of sound, so far."""
+        return sum(packet.seconds for packet in self.packets)
+
+    def late(self, buffer: float) -> int:
         """Packets that come after they are due, for a player that begins `buffer` seconds after the first."""
-        if not self.packets:
-            return 0
-        begin = self.packets[0] + buffer
-        return sum(at > begin + i * frame + 1e-9 for i, at in enumerate(self.packets))
+        late, due = 0, self.code + buffer
+        for packet in self.packets:
+            late += packet.at > due + 1e-9
+            due += packet.seconds
+        return late
+
+    def fail(self, error: AntiphonError) -> None:
+        """It came to nothing."""
+        self.error, self.refused = str(error), isinstance(error, BusyError)
 
 
-def measure(engine: Engine, questions: Sequence[Question], load: Load) -> list[Answered]:
-    """Hold conversations with a running engine; every answer of all of them."""
+def measure(host: Host, questions: Sequence[Question], load: Load) -> list[Answered]:
+    """Hold conversations; every answer of all of them."""
     answers: list[Answered] = []
     begun = time.perf_counter()
     threads = [
-        threading.Thread(target=_converse, args=(engine, questions, load, i, begun + at, answers), daemon=True)
+        threading.Thread(target=_converse, args=(host, questions, load, i, begun + at, answers), daemon=True)
         for i, at in enumerate(load.arrivals())
     ]
     for thread in threads:
@@ -96,28 +141,31 @@ def measure(engine: Engine, questions: Sequence[Question], load: Load) -> list[A
 
 
 def _converse(
-    engine: Engine, questions: Sequence[Question], load: Load, number: int, when: float, answers: list[Answered]
+    host: Host, questions: Sequence[Question], load: Load, number: int, when: float, answers: list[Answered]
 ) -> None:
     """One who comes, asks, listens to the end, and asks again."""
     sleep_until(when)
     try:
-        call = engine.open(window=load.window)
+        call = host.open(window=load.window)
     except AntiphonError as error:
-        refused = isinstance(error, BusyError)
-        answers.append(Answered(time.perf_counter(), number, error=str(error), refused=refused))
+        answers.append(Answered(time.perf_counter(), number))
+        answers[-1].fail(error)
         return
     for turn in range(load.turns):
-        answer = Answered(ask(call, questions[(number + turn) % len(questions)], load.uploaded), number)
+        answer = Answered(np.nan, number)
         answers.append(answer)
-        listen(call, answer, load, seed=number * 100 + turn)
-        if answer.error:
+        try:
+            answer.asked = ask(call, questions[(number + turn) % len(questions)], load.uploaded)
+            listen(call, answer, load, seed=number * 100 + turn)
+        except AntiphonError as error:
+            answer.fail(error)
             break
         if answer.packets and not load.uploaded:
-            sleep_until(answer.packets[0] + len(answer.packets) * engine.seconds)
+            sleep_until(answer.code + answer.seconds)
     call.close()
 
 
-def ask(call: Call, question: Question, uploaded: bool) -> float:
+def ask(call: Conversation, question: Question, uploaded: bool) -> float:
     """Give a question; when its last voiced sample was given."""
     samples, rate = question
     if uploaded:
@@ -132,24 +180,26 @@ def ask(call: Call, question: Question, uploaded: bool) -> float:
     return time.perf_counter()
 
 
-def listen(call: Call, answer: Answered, load: Load, seed: int) -> None:
-    """Have a question answered, and note when everything came."""
+def listen(call: Conversation, answer: Answered, load: Load, seed: int) -> None:
+    """Have a question answered, and note when everything came.
+
+    Raises:
+        AntiphonError: what the conversation failed by.
+    """
     limits = {"max_frames": load.max_frames, "max_text_tokens": load.max_text_tokens, "verbatim": load.verbatim}
-    try:
-        for event in call.respond(seed=seed, ahead=None if load.uploaded else AHEAD, **limits):
-            now = time.perf_counter()
-            if isinstance(event, TextDelta) and np.isnan(answer.text):
-                answer.text = now
-            if isinstance(event, AudioDelta):
-                answer.packets.append(now)
-                loud = np.abs(event.samples) > AUDIBLE
-                if np.isnan(answer.sound) and loud.any():
-                    answer.sound = now + int(loud.argmax()) / event.sample_rate
-            if isinstance(event, Done):
-                answer.end, answer.reply = now, event.reply
-    except AntiphonError as error:
-        answer.error = str(error)
-    answer.code = answer.packets[0] if answer.packets else np.nan
+    for event in call.respond(seed=seed, ahead=None if load.uploaded else AHEAD, **limits):
+        answer.end = now = time.perf_counter()
+        if isinstance(event, TextDelta) and np.isnan(answer.text):
+            answer.text = now
+        if isinstance(event, AudioDelta):
+            if not answer.packets:
+                answer.code = now
+            answer.packets.append(Packet(now, len(event.samples) / event.sample_rate))
+            loud = np.abs(event.samples) > AUDIBLE
+            if np.isnan(answer.sound) and loud.any():
+                answer.sound = now + int(loud.argmax()) / event.sample_rate
+        if isinstance(event, Done):
+            answer.reply = event.reply
 
 
 def sleep_until(when: float) -> None:

@@ -39,7 +39,7 @@ def moment(work: Sequence[Work], answer: Answered, path: Path) -> None:
             place = (1000 * (one.start - answer.asked), 1000 * (one.stop - one.start))
             colour = COLOURS.get(one.name, OTHER)
             axes.barh(lanes[one.lane], place[1], left=place[0], height=0.7, color=colour, label=one.name)
-    for i, at in enumerate(at for at in answer.packets if at < answer.asked + AFTER):
+    for i, at in enumerate(packet.at for packet in answer.packets if packet.at < answer.asked + AFTER):
         axes.annotate(
             "", (1000 * (at - answer.asked), -0.95), (1000 * (at - answer.asked), -0.4), arrowprops={"arrowstyle": "->"}
         )

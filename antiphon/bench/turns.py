@@ -15,7 +15,7 @@ import numpy as np
 from antiphon.bench.load import Answered, Load, Question, ask, listen
 from antiphon.engine import Engine
 from antiphon.engine.call import EngineSession
-from antiphon.errors import InputError
+from antiphon.errors import AntiphonError, InputError
 
 
 def nth_over_second(engine: Engine, question: Question, turn: int, load: Load, rounds: int) -> dict[str, Any]:
@@ -60,7 +60,8 @@ def _first_packet(engine: Engine, session: EngineSession, question: Question, lo
 
 def _answer(engine: Engine, call: Any, question: Question, load: Load, seed: int) -> Answered:
     answer = Answered(ask(call, question, load.uploaded))
-    listen(call, answer, load, seed)
-    if answer.error:
-        raise InputError(f"the conversation came to an end before its last turn: {answer.error}")
+    try:
+        listen(call, answer, load, seed)
+    except AntiphonError as error:
+        raise InputError(f"the conversation came to an end before its last turn: {error}") from None
     return answer

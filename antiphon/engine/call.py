@@ -76,6 +76,9 @@ class Wish:
     asked: Windows | None = None  # that AuT has to hear before the next step
     heard: Tensor | None = None  # [n, U] what it gave
 
+    def __post_init__(self) -> None:
+        self.done.set_running_or_notify_cancel()  # it is done also if nobody waits any more: `cancel` changes nothing
+
     @property
     def waits(self) -> bool:
         """Whether AuT has to hear something first."""
@@ -333,16 +336,12 @@ class Call:
         guess = self._guess
         if guess is not None and guess.how == _how(options, changes) and not (guess.call and guess.call.error):
             self._guess, guess.events.asked_at = None, self._house.now()
-            self._asked.append(guess.events)
-            self._wish(lambda: self._take_over(guess, options, ahead, changes)).add_done_callback(
-                lambda d: _tell(guess.events, d)
-            )
+            self._ask(guess.events, lambda: self._take_over(guess, options, ahead, changes))
             return guess.events
         self._forget()
         events = Answering(self._house.wake)
         events.asked_at = self._house.now()
-        self._asked.append(events)
-        self._wish(lambda: self._begin(events, options, ahead, changes)).add_done_callback(lambda d: _tell(events, d))
+        self._ask(events, lambda: self._begin(events, options, ahead, changes))
         return events
 
     def speak(
@@ -352,10 +351,7 @@ class Call:
         self._forget()
         events = Answering(self._house.wake)
         events.asked_at = self._house.now()
-        self._asked.append(events)
-        self._wish(lambda: self._begin_speech(events, text, options, ahead, changes)).add_done_callback(
-            lambda d: _tell(events, d)
-        )
+        self._ask(events, lambda: self._begin_speech(events, text, options, ahead, changes))
         return events
 
     def guess(self, options: Options | None = None, **changes: Any) -> None:
@@ -390,7 +386,7 @@ class Call:
     def cancel(self) -> None:
         """Stop the answer that is being given or was asked for, within a frame; it ends with finish = "cancelled"."""
         self._forget()
-        for events in self._asked:
+        for events in [*self._asked]:
             events.cancelled = True
         self.session.cancel()
         self._house.wake()
@@ -442,6 +438,16 @@ class Call:
             self._house.wake()
         return wish.done
 
+    def _ask(self, events: Answering, begin: Callable[[], Any]) -> None:
+        """Wish for an answer; `cancel` finds it from now on, here until it has begun and then in its turn."""
+
+        def begun(done: Future[Any]) -> None:
+            self._asked.remove(events)
+            _tell(events, done)
+
+        self._asked.append(events)
+        self._wish(begin).add_done_callback(begun)
+
     def _become(self, session: EngineSession) -> None:
         self.session = session
 
@@ -449,7 +455,6 @@ class Call:
         self, events: Answering, options: Options | None, ahead: float | None, changes: Mapping[str, Any]
     ) -> Steps[None]:
         session = self.session
-        self._asked.remove(events)
         options, speaker = session.how_to_answer(options, changes)
         yield from session.commit_steps()
         session.open_reply()
@@ -466,7 +471,6 @@ class Call:
         self, events: Answering, text: str, options: Options | None, ahead: float | None, changes: Mapping[str, Any]
     ) -> None:
         session, model = self.session, self.session.model
-        self._asked.remove(events)
         chosen, speaker = session.how_to_speak(options, changes)
         ids = list(token_stream([text], model))
         session.clock.begin()
@@ -484,10 +488,9 @@ class Call:
     def _begin_guess(self, guess: Guess, options: Options | None, changes: Mapping[str, Any]) -> None:
         if not guess.void:
             guess.call = fork = self._house.fork(self)
-            fork._asked.append(guess.events)
-            fork._wish(lambda: fork._begin(guess.events, options, None, changes)).add_done_callback(
-                lambda done: _tell(guess.events, done)
-            )
+            fork._ask(guess.events, lambda: fork._begin(guess.events, options, None, changes))
+            if guess.void:  # thrown away while it was made
+                fork.close()
 
     def _take_over(
         self, guess: Guess, options: Options | None, ahead: float | None, changes: Mapping[str, Any]
@@ -498,7 +501,6 @@ class Call:
             if fork is not None:
                 self._house.leave(fork)
             return self._begin(guess.events, options, ahead, changes)
-        self._asked.remove(guess.events)
         with self._house.speaking:  # between two steps of the other lane, which may be at the fork
             self._house.leave(fork)
             self.session, self.reading, self.following = fork.session, fork.reading, fork.following

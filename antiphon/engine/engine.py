@@ -89,7 +89,7 @@ class Engine:
         with self._changed:
             taken = sum(not call.is_aside for call in self.calls)
             if self.capacity is not None and taken >= self.capacity and not aside:
-                raise BusyError(self.capacity, RETRY)
+                raise BusyError.of(self.capacity, RETRY)
             for lane in self.lanes:
                 lane.take_in(session)
             self._opened += 1

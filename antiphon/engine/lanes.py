@@ -115,7 +115,7 @@ class Lane:
         if self.pool is None:
             return cache
         if len(self.pool.free) < TURN_BLOCKS + cache.filled // CACHE_BLOCK:
-            raise BusyError(len(self.house.calls), RETRY)
+            raise BusyError.of(len(self.house.calls), RETRY)
         cache = self.pool.hold(cache)
         self.hand_over()
         return cache

@@ -76,6 +76,8 @@ def guide_of(
     """
     if choice == "none" or (not tools and choice == "auto"):
         return None
+    if not tools:
+        raise Refused(f"tool_choice is {choice}, but there are no tools", code="invalid_value", param=param)
     named = [tool for tool in tools if choice in ("auto", "required", tool["function"]["name"])]
     if not named:
         raise Refused(f"no function {choice!r} is among the tools", code="invalid_value", param=param)

@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 log = logging.getLogger("antiphon.serve")
+# what uvicorn says of every WebSocket that was refused, though it was answered in order
+REFUSED = "ASGI callable returned without completing handshake."
 
 
 class JsonLines(logging.Formatter):
@@ -34,10 +36,14 @@ def note(event: str, *, level: int = logging.INFO, error: BaseException | None =
 
 
 def to_standard_error(level: int = logging.INFO) -> None:
-    """Send the lines of this package, and uvicorn's, to standard error."""
+    """Send the lines of this package, and uvicorn's warnings, to standard error.
+
+    Not what uvicorn tells of connections: it names their whole address, with the token that a session is resumed by.
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
-    for name in ("antiphon.serve", "uvicorn.error"):
+    for name, least in (("antiphon.serve", level), ("uvicorn.error", logging.WARNING)):
         logger = logging.getLogger(name)
         logger.handlers[:], logger.propagate = [handler], False
-        logger.setLevel(level)
+        logger.setLevel(least)
+    handler.addFilter(lambda record: record.msg != REFUSED)

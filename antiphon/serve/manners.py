@@ -34,10 +34,11 @@ SEMANTIC: Config = {"type": "semantic_vad", "eagerness": "auto", "create_respons
 DETECTION = {"server_vad": VAD, "semantic_vad": SEMANTIC}
 PCM: Config = {"type": "audio/pcm", "rate": WIRE_RATE}
 INPUT: Config = {"format": PCM, "transcription": None, "noise_reduction": None, "turn_detection": VAD}
-SETTABLE = (
+OF_AN_ANSWER = (
     *("output_modalities", "instructions", "tools", "tool_choice", "parallel_tool_calls", "max_output_tokens"),
-    *("truncation", "include"),
 )
+SETTABLE = (*OF_AN_ANSWER, "truncation")
+MOST_TOKENS = 4096  # of an answer, that a client may ask for
 IDLE_MS = (1000, 300_000)
 LONGEST_RETENTION = 0.9
 
@@ -89,6 +90,20 @@ def merged(config: Config, update: Mapping[str, Any]) -> Config:
         new["audio"]["input"]["turn_detection"] = usual | given
     new["audio"]["input"]["noise_reduction"] = None  # there is none, and the client sees it
     return new
+
+
+def for_answer(config: Config, wanted: Mapping[str, Any]) -> Config:
+    """A session as one answer is to be given, by `response.create`: what is named replaces the session's, once.
+
+    Raises:
+        Refused: a prompt that is kept elsewhere.
+    """
+    if wanted.get("prompt") is not None:
+        raise Refused("prompt is not supported; send instructions", param="response.prompt", code="unsupported_value")
+    new = config | {name: wanted[name] for name in OF_AN_ANSWER if wanted.get(name) is not None}
+    said = (wanted.get("audio") or {}).get("output") or {}
+    output = config["audio"]["output"] | {name: said[name] for name in ("format", "voice") if said.get(name)}
+    return new | {"audio": config["audio"] | {"output": output}}
 
 
 def manner_of(house: House, who: str, config: Config) -> Manner:
@@ -146,6 +161,12 @@ def options_of(house: House, who: str, modalities: list[str] | None, voice: Any,
         house.check_speech("session.output_modalities")
     name = voice.get("id") if isinstance(voice, Mapping) else voice
     found = house.voices.find(name, who, house.model, "session.audio.output.voice") if audio else None
+    if isinstance(most, int) and not 1 <= most <= MOST_TOKENS:
+        raise Refused(
+            f'max_output_tokens lies between 1 and {MOST_TOKENS}, or is "inf"',
+            param="session.max_output_tokens",
+            code="invalid_value",
+        )
     options = Options(voice=found, audio=audio)
     return replace(options, max_text_tokens=most, max_frames=most) if isinstance(most, int) else options
 
@@ -231,6 +252,12 @@ def _retention(truncation: Any) -> float | None:
         return 0.8
     if truncation == "disabled":
         return None
+    if truncation.get("token_limits"):
+        raise Refused(
+            "token_limits are not supported; the limit is the model's positions",
+            param="session.truncation.token_limits",
+            code="unsupported_value",
+        )
     ratio = truncation.get("retention_ratio", 0.8)
     if not 0 < ratio <= LONGEST_RETENTION:
         raise Refused(

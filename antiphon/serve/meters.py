@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from antiphon.generate import AudioDelta, Done, Event, TextDelta
 
@@ -17,6 +17,7 @@ class Meters:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)  # memory, processor time, open files
         self.phases = Histogram(
             "antiphon_turn_seconds",
             "Seconds by phase of a turn: first_text, first_audio and total since it was asked for, aut in all",

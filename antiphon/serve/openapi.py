@@ -32,6 +32,7 @@ ERROR = {
         }
     },
 }
+EVENTS = "text/event-stream"
 BINARY = {"type": "string", "contentMediaType": "application/octet-stream"}
 
 
@@ -46,6 +47,7 @@ class Endpoint:
     form: dict[str, Any] = field(default_factory=dict)  # fields of multipart/form-data, required ones first
     response: Any = None  # a type of JSON
     media: str = "application/json"
+    also: tuple[str, ...] = ()  # other media types, if it is asked for them
     params: tuple[str, ...] = ()
     statuses: tuple[int, ...] = (400, 401, 403, 408, 413, 503)
 
@@ -61,6 +63,7 @@ ENDPOINTS = (
         "Answer messages in text, or in text and sound; streamed as server-sent events",
         CompletionCreateParams,
         response=ChatCompletion,
+        also=(EVENTS,),
         statuses=(400, 401, 403, 404, 408, 413, 503),
     ),
     Endpoint(
@@ -76,6 +79,7 @@ ENDPOINTS = (
             "stream": {"type": "boolean"},
         },
         response=Transcription,
+        also=(EVENTS, "text/plain"),
         statuses=(400, 401, 403, 404, 408, 413, 503),
     ),
     Endpoint(
@@ -84,6 +88,7 @@ ENDPOINTS = (
         "Say a text; the sound is sent from its first 80 ms on",
         SpeechCreateParams,
         media="audio/*",
+        also=(EVENTS,),
         statuses=(400, 401, 403, 404, 408, 413, 503),
     ),
     Endpoint("/v1/audio/voices", "get", "The checkpoint's voices and those that you uploaded"),
@@ -124,13 +129,14 @@ def document() -> dict[str, Any]:
 
 def _operation(endpoint: Endpoint, schemas: dict[str, Any]) -> dict[str, Any]:
     answer = {} if endpoint.response is None else _schema(endpoint.response, schemas)
+    content = {endpoint.media: {"schema": answer}} | {media: {} for media in endpoint.also}
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     operation: dict[str, Any] = {
         "summary": endpoint.summary,
         "parameters": [
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in endpoint.params
         ],
-        "responses": {"200": {"description": "done", "content": {endpoint.media: {"schema": answer}}}}
+        "responses": {"200": {"description": "done", "content": content}}
         | {str(status): {"description": "refused", "content": error} for status in endpoint.statuses},
     }
     if endpoint.request is not None:

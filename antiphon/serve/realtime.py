@@ -15,8 +15,7 @@ import logging
 import secrets
 import time
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 from openai.types import realtime as wire
@@ -27,18 +26,21 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from antiphon.engine.engine import LIVE_WINDOW
 from antiphon.errors import BusyError
-from antiphon.serve.happenings import Answer, Happening, Problem
+from antiphon.serve.background import Background
+from antiphon.serve.happenings import Answer, AnswerEnded, Happening, Manner, NotHeard, Problem
 from antiphon.serve.house import House, house_of
 from antiphon.serve.logs import note
-from antiphon.serve.manners import Config, first_config, manner_of, merged, options_of
+from antiphon.serve.manners import Config, first_config, for_answer, manner_of, merged
 from antiphon.serve.refusals import Refused, refusal
 from antiphon.serve.scribe import Scribe, problem, read_item, read_items, read_sound
 from antiphon.serve.sounds import from_wire
 from antiphon.serve.talk import Talk
 from antiphon.serve.wire import as_json, new_id, parsed, wrong_field
 
+SLICE = 12000  # samples that are judged at once
 OUTBOX = 256  # events that wait for a client; then the conversation waits
 GOING_AWAY, NORMAL = 1001, 1000  # why a WebSocket is closed
+LEAVING = 1.0  # seconds in which it becomes known why a client is gone
 KINDS: Mapping[str, type[BaseModel]] = {
     typing.get_args(kind.model_fields["type"].annotation)[0]: kind
     for kind in typing.get_args(typing.get_args(realtime_client_event.RealtimeClientEvent)[0])
@@ -72,7 +74,7 @@ class Session:
         """
         manner = manner_of(self.house, self.who, self.config)
         call = await asyncio.to_thread(lambda: self.house.engine.open(window=LIVE_WINDOW))
-        self._talk = Talk(self.house, call, manner, self.who, self._happened)
+        self._talk = Talk(self.house, call, manner, self._happened)
         self.house.endings.add(self.ending.set)
 
     async def begin(self) -> None:
@@ -86,6 +88,7 @@ class Session:
         """Leave."""
         if self._talk is not None:
             self._talk.close()
+            self._talk = None  # each knows the other: the caches would stay until the collector comes by
         self.house.endings.discard(self.ending.set)
 
     async def send(self, event: BaseModel) -> None:
@@ -93,10 +96,16 @@ class Session:
         await self.outbox.put(as_json(event))
 
     async def _happened(self, happening: Happening) -> None:
-        if isinstance(happening, Problem) and refusal(happening.error).status == 500:
-            note("failed", level=logging.ERROR, error=happening.error, id=self.id)
+        self._note(happening)
         for event in self.scribe.write(happening):
             await self.send(event)
+
+    def _note(self, happening: Happening) -> None:
+        """What failed by an error that nobody foresaw belongs into the log too."""
+        match happening:
+            case Problem(error) | NotHeard(_, error) | AnswerEnded(Answer(error=Exception() as error)):
+                if refusal(error).status == 500:
+                    note("failed", level=logging.ERROR, error=error, id=self.id)
 
     def _about(self, event: type[wire.SessionCreatedEvent | wire.SessionUpdatedEvent], kind: Any) -> BaseModel:
         resume = {"resume_token": self.token, "resume_seconds": self.house.settings.resume_seconds}
@@ -130,6 +139,8 @@ class Session:
         kind = raw.get("type")
         if not isinstance(kind, str) or kind not in KINDS:
             raise Refused(f"there is no event of type {kind!r}"[:200], code="unknown_event", param="type")
+        wanted = raw.get("response") or {} if kind == "response.create" else {}
+        items = wanted.pop("input", None) if isinstance(wanted, dict) else None  # may hold what the types do not know
         try:
             event = KINDS[kind].model_validate(raw)
         except ValidationError as error:
@@ -137,7 +148,10 @@ class Session:
         talk = self.talk
         match event:
             case wire.InputAudioBufferAppendEvent():
-                await talk.hear(from_wire(talk.manner.heard_as, read_sound(event.audio, "audio")))
+                samples = from_wire(talk.manner.heard_as, read_sound(event.audio, "audio"))
+                for start in range(0, len(samples), SLICE):
+                    await talk.hear(samples[start : start + SLICE])
+                    await asyncio.sleep(0)  # of who sends minutes at once: others come between
             case wire.InputAudioBufferCommitEvent():
                 await talk.commit()
             case wire.InputAudioBufferClearEvent():
@@ -147,15 +161,15 @@ class Session:
             case wire.ConversationItemCreateEvent():
                 await talk.create(read_item(event.item, talk.manner.heard_as), event.previous_item_id)
             case wire.ConversationItemRetrieveEvent():
-                await talk.retrieve(event.item_id)
+                await talk.history.retrieve(event.item_id)
             case wire.ConversationItemTruncateEvent():
-                await talk.truncate(event.item_id, event.audio_end_ms)
+                await talk.cutting.truncate(event.item_id, event.audio_end_ms)
             case wire.ConversationItemDeleteEvent():
-                await talk.delete(event.item_id)
+                await talk.history.delete(event.item_id)
             case wire.ResponseCreateEvent():
-                await self._respond(event.response or wire.RealtimeResponseCreateParams())
+                await self._respond(wanted, items)
             case wire.ResponseCancelEvent():
-                await talk.cancel(event.response_id)
+                talk.answers.cancel(event.response_id)
             case _:
                 raise Refused(f"{kind} is for WebRTC and SIP", code="unsupported_event", param="type")
 
@@ -166,28 +180,31 @@ class Session:
         await self.talk.configure(manner)
         await self.send(self._about(wire.SessionUpdatedEvent, "session.updated"))
 
-    async def _respond(self, wanted: wire.RealtimeResponseCreateParams) -> None:
-        talk, config = self.talk, self.config
+    async def _respond(self, wanted: Mapping[str, Any], items: Any) -> None:
+        """Answer as is `wanted`, to `items` where they are given and else to the conversation."""
+        talk = self.talk
         if not talk.manner.answers:
             raise Refused("a transcription session gives no answers", code="invalid_value", param="type")
-        if wanted.tools is not None or wanted.tool_choice is not None or wanted.prompt is not None:
-            raise Refused("tools of one answer are not supported; set them in session.update", code="unsupported_value")
-        output = wanted.audio.output if wanted.audio else None
-        voice = output.voice if output and output.voice else config["audio"]["output"]["voice"]
-        options = talk.manner.options
-        if wanted.output_modalities or wanted.max_output_tokens or (output and output.voice):
-            modalities: Sequence[str] = wanted.output_modalities or config["output_modalities"]
-            most = wanted.max_output_tokens or config["max_output_tokens"]
-            named = voice.id if isinstance(voice, BaseModel) else voice  # type: ignore[attr-defined]
-            options = replace(options_of(self.house, self.who, [*modalities], named, most), guide=options.guide)
-        beside = wanted.conversation == "none"
-        answer = Answer(new_id("resp"), options, not beside, wanted.metadata)
-        if wanted.input is None and not beside:
-            await talk.respond(answer, wanted.instructions)
+        beside = wanted.get("conversation") or "auto"
+        if beside not in ("auto", "none", self.scribe.conversation):
+            raise Refused("conversation is auto or none", code="invalid_value", param="response.conversation")
+        config = for_answer(self.config, wanted)
+        manner = talk.manner if config == self.config else self._manner_of_answer(config)
+        answer = Answer(new_id("resp"), manner.options, beside != "none", wanted.get("metadata"))
+        if items is not None:
+            read = read_items(items, manner.heard_as, talk.history.find)
+            await talk.respond_to(read, answer, manner)
+        elif beside == "none":
+            await talk.respond_to(talk.history.items, answer, manner)
         else:
-            answer.in_conversation = False
-            items = talk.items if wanted.input is None else read_items(wanted.input, talk.manner.heard_as)
-            await talk.respond_aside(answer, items, wanted.instructions)
+            await talk.respond(answer, manner)
+
+    def _manner_of_answer(self, config: Config) -> Manner:
+        try:
+            return manner_of(self.house, self.who, config)
+        except Refused as error:
+            error.param = error.param and error.param.replace("session.", "response.", 1)
+            raise
 
 
 class Lobby:
@@ -196,7 +213,7 @@ class Lobby:
     def __init__(self, house: House) -> None:
         self.house = house
         self.sessions: dict[str, Session] = {}
-        self._losing = set[asyncio.Task[None]]()
+        self._losing = Background(_report)
         house.meters.sessions.set_function(lambda: len(self.sessions))
 
     async def enter(self, who: str, model: str, kind: str) -> Session:
@@ -239,9 +256,7 @@ class Lobby:
 
     def lose(self, session: Session) -> None:
         """Keep a session for its client to come back to, for a while."""
-        task = asyncio.create_task(self._wait_for(session))
-        self._losing.add(task)
-        task.add_done_callback(self._losing.discard)
+        self._losing.do(self._wait_for(session))
 
     async def _wait_for(self, session: Session) -> None:
         session.lost_at = lost_at = time.monotonic()
@@ -256,6 +271,10 @@ class Lobby:
             self.leave(session)
             return True
         return False
+
+
+async def _report(error: Exception) -> None:
+    note("failed", level=logging.ERROR, error=error)
 
 
 async def realtime(socket: WebSocket) -> None:
@@ -292,6 +311,8 @@ async def converse(socket: WebSocket, session: Session, idle: float) -> tuple[in
     tasks = (reading, writing, ending)
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if writing.done():  # the client is gone; how it left is known when what it sent before has been read
+            await asyncio.wait((reading,), timeout=LEAVING)
         if ending.done():
             await session.talk.finish()
             while not session.outbox.empty() and not writing.done():

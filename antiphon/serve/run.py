@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Callable
+from typing import Any
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from antiphon.engine import Engine
 from antiphon.serve.app import create_app
@@ -23,11 +27,54 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.house = house
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say where."""
+        await super().startup(sockets)
+        places = [place.getsockname() for server in self.servers for place in server.sockets]
+        note("listening", places=[f"{host}:{port}" for host, port, *_ in places])
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finish sentences, then close."""
         note("stopping")
         await self.house.drain()
         await super().shutdown(sockets)
+
+
+class Http(H11Protocol):
+    """HTTP, where a connection is closed that takes longer than the keep-alive time over the head of a request.
+
+    uvicorn itself waits for as long as some of it comes.
+    """
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self._slow: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Somebody is there."""
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        """More of a request."""
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._stop()
+        elif self._slow is None:
+            self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nobody is there."""
+        super().connection_lost(exc)
+        self._stop()
+
+    def _wait(self) -> None:
+        self._slow = self.loop.call_later(self.timeout_keep_alive, self.transport.close)
+
+    def _stop(self) -> None:
+        if self._slow is not None:
+            self._slow.cancel()
+            self._slow = None
 
 
 def server_of(settings: Settings, port: int, prepare: Callable[[], Engine]) -> Server:
@@ -39,6 +86,8 @@ def server_of(settings: Settings, port: int, prepare: Callable[[], Engine]) -> S
         port=port,
         log_config=None,
         access_log=False,
+        http=Http,
+        timeout_keep_alive=settings.head_seconds,
         ws="websockets-sansio",
         ws_max_size=settings.message_bytes,
         ws_ping_interval=PING,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from openai.types import realtime as wire
@@ -19,7 +19,7 @@ from openai.types.realtime import response_content_part_done_event as part_done
 from openai.types.realtime.realtime_response_usage_input_token_details import RealtimeResponseUsageInputTokenDetails
 from openai.types.realtime.realtime_response_usage_output_token_details import RealtimeResponseUsageOutputTokenDetails
 from openai.types.realtime.realtime_server_event import ConversationItemRetrieved
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 
 from antiphon.audio import pcm16
 from antiphon.serve.happenings import (
@@ -50,7 +50,9 @@ from antiphon.serve.happenings import (
 )
 from antiphon.serve.refusals import Refused, refusal
 from antiphon.serve.sounds import Wire, from_wire, wire_rate
-from antiphon.serve.wire import new_id
+from antiphon.serve.wire import checked, new_id
+
+ITEM = TypeAdapter[wire.ConversationItem](wire.ConversationItem)
 
 
 class Scribe:
@@ -354,13 +356,20 @@ def _said_part(part: Part, sound: bool) -> assistant.Content:
     return content
 
 
-def read_items(items: Sequence[Any], form: Wire) -> list[Item]:
-    """Items that a client sent; their sound is in the session's format.
+def read_items(items: Any, form: Wire, known: Callable[[str], Item]) -> list[Item]:
+    """Items as JSON that a client sent, or referred to by their id; their sound is in the session's format.
 
     Raises:
         Refused, AudioError: an item of a kind that there is not, or sound that is none.
     """
-    return [read_item(item, form) for item in items]
+    if not isinstance(items, list):
+        raise Refused("input is a list of items", code="invalid_type", param="response.input")
+    return [
+        known(str(item.get("id")))
+        if isinstance(item, Mapping) and item.get("type") == "item_reference"
+        else read_item(checked(item, ITEM), form)
+        for item in items
+    ]
 
 
 def read_item(item: Any, form: Wire) -> Item:

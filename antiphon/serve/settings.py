@@ -25,6 +25,7 @@ class Settings:
     ahead: float = 2.0  # seconds that sound may be ahead of a listener in real time
     body_bytes: int = 100 << 20
     message_bytes: int = 16 << 20  # of a WebSocket; OpenAI allows 15 MiB of sound in one
+    head_seconds: int = 10  # until a connection has sent the head of its next request
     chunk_seconds: float = 30.0  # between two pieces of a body
     audio_seconds: float = 600.0  # of the sound in a chat request, and in one turn of a Realtime session
     file_seconds: float = 2400.0  # of a file to be transcribed

@@ -6,8 +6,7 @@ Shapes: N samples.
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,41 +15,36 @@ from antiphon.chat import ToolCall
 from antiphon.engine import Call
 from antiphon.generate import AudioDelta, Done, Reply, TextDelta
 from antiphon.serve.calls import Splitter, arguments_text
-from antiphon.serve.happenings import Answer, Happening, Item, Part, Said, Sounded, Usage
+from antiphon.serve.happenings import Answer, Item, OutputBegun, OutputEnded, Part, Said, Sounded
+from antiphon.serve.history import History
 from antiphon.serve.sounds import Wire, WireOut
 from antiphon.serve.wire import new_id
 
 
-class Stage(Protocol):
-    """Where an answer is given: what a Talk does for it."""
+@dataclass
+class Playback:
+    """The spoken item that the user hears, by our clock: it is played as it comes."""
+
+    item: Item | None = None
+    begun: float = 0.0  # when the first of it could be heard
+    seconds: float = 0.0  # of it that have been sent
 
     @property
-    def happened(self) -> Callable[[Happening], Awaitable[None]]:
-        """Tells the client."""
-        ...
+    def heard(self) -> float:
+        """Seconds of it that have been heard by now, if so many were sent."""
+        return time.perf_counter() - self.begun
 
-    async def add_output(self, answer: Answer, item: Item) -> None:
-        """An item of an answer begins."""
-        ...
-
-    async def end_output(self, answer: Answer, item: Item) -> None:
-        """An item of an answer is whole."""
-        ...
-
-    def spoke(self, item: Item, begun: float, seconds: float) -> None:
-        """So much of an item's sound has been sent, of which the first could be heard at `begun`."""
-        ...
-
-    def usage(self, call: Call, reply: Reply) -> Usage:
-        """Tokens of an answer that is over."""
-        ...
+    @property
+    def left(self) -> float:
+        """Seconds until all that was sent has been heard."""
+        return max(0.0, self.seconds - self.heard)
 
 
 class Speaker:
     """Turns the engine's events of one answer into items."""
 
-    def __init__(self, talk: Stage, answer: Answer, call: Call, form: Wire) -> None:
-        self.talk, self.answer, self.call = talk, answer, call
+    def __init__(self, history: History, answer: Answer, call: Call, form: Wire, playback: Playback) -> None:
+        self.history, self.answer, self.call, self.playback = history, answer, call, playback
         self.form: Wire = form
         self.splitter = Splitter()
         self.message: Item | None = None
@@ -75,14 +69,14 @@ class Speaker:
             code2wav = self.call.session.model.config.code2wav
             part = Part("", bytearray(), code2wav.sample_rate) if self.answer.options.audio and code2wav else Part()
             self.message = Item(new_id("item"), "assistant", [part], "in_progress")
-            await self.talk.add_output(self.answer, self.message)
+            await self.begin(self.message)
         return self.message, self.answer.items.index(self.message)
 
     async def say(self, text: str) -> None:
         """More text for people."""
         item, place = await self.open()
         item.parts[0].text += text
-        await self.talk.happened(Said(self.answer, item, place, text))
+        await self.history.happened(Said(self.answer, item, place, text))
 
     async def sound(self, samples: Samples, rate: int, final: bool = False) -> None:
         """More sound [N]."""
@@ -92,25 +86,38 @@ class Speaker:
         part = item.parts[0]
         assert part.sound is not None
         part.sound += pcm16(samples)
-        self.talk.spoke(item, self.begun, part.seconds)
+        self.playback.item, self.playback.begun, self.playback.seconds = item, self.begun, part.seconds
         if data := self.out.push(samples, final):
-            await self.talk.happened(Sounded(self.answer, item, place, data))
+            await self.history.happened(Sounded(self.answer, item, place, data))
 
     async def call_tool(self, call: ToolCall) -> None:
         """A function is to be called."""
         item = Item(new_id("item"), "call", status="in_progress", name=call.name, call_id=new_id("call"))
-        await self.talk.add_output(self.answer, item)
+        await self.begin(item)
         item.text = arguments_text(call)
-        await self.talk.happened(Said(self.answer, item, len(self.answer.items) - 1, item.text))
+        await self.history.happened(Said(self.answer, item, len(self.answer.items) - 1, item.text))
         item.status = "completed"
-        await self.talk.end_output(self.answer, item)
+        await self.finish(item)
+
+    async def begin(self, item: Item) -> None:
+        """An item of the answer begins."""
+        self.answer.items.append(item)
+        await self.history.happened(OutputBegun(self.answer, item, len(self.answer.items) - 1))
+        if self.answer.in_conversation:
+            await self.history.add(item, done=False)
+
+    async def finish(self, item: Item) -> None:
+        """An item of the answer is whole."""
+        await self.history.happened(OutputEnded(self.answer, item, self.answer.items.index(item)))
+        if self.answer.in_conversation:
+            await self.history.finish(item)
 
     async def end(self, reply: Reply) -> None:
         """The answer is over."""
         answer = self.answer
         if self.out is not None and reply.finish != "cancelled":
             await self.sound(np.zeros(0, np.float32), reply.sample_rate, final=True)
-        answer.usage = self.talk.usage(self.call, reply)
+        answer.usage = self.history.usage(self.call, reply)
         if reply.finish == "cancelled":
             answer.status, answer.reason = "cancelled", answer.reason or "client_cancelled"
         elif reply.finish == "length":
@@ -123,4 +130,4 @@ class Speaker:
         """End the message."""
         if self.message is not None:
             self.message.status = "completed" if self.answer.status == "completed" else "incomplete"
-            await self.talk.end_output(self.answer, self.message)
+            await self.finish(self.message)

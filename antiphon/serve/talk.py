@@ -1,12 +1,11 @@
-"""One spoken conversation of the server: who speaks, what is said when, and what is remembered.
+"""One spoken conversation of the server: who speaks, and what is said when.
 
-    sound ──> Detector ──started──> interrupt ──cut to what was heard──┐
-                 │ while speaking: to the call, which reads along      v
-                 ├─paused──> Call.guess          the call of the engine, settled
-                 └─stopped─> commit ──> answer ──events──> Happenings
+    sound ──> Listener ──started──> Cutting: an answer that is being heard is cut short
+                  │ while speaking: to History's call, which reads along
+                  ├─paused──> Call.guess
+                  └─stopped─> commit: an item of History ──> Answers ──events──> Happenings
 
-What the client sends is done in order by one task; an answer is given by another. Whatever the call does not hold as
-the items tell it (an item was deleted, the instructions changed) is told it anew before the next answer: rare, exact.
+What the client sends is done in order by one task; an answer is given by another.
 
 Shapes: N samples.
 """
@@ -14,93 +13,43 @@ Shapes: N samples.
 from __future__ import annotations
 
 import asyncio
-import logging
-import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from antiphon.audio import Samples, pcm16
 from antiphon.engine import Call
 from antiphon.engine.engine import LIVE_WINDOW
-from antiphon.errors import AntiphonError, InputError
-from antiphon.generate import Options, Reply
+from antiphon.errors import AntiphonError
+from antiphon.serve.answers import Answers
+from antiphon.serve.background import Background
+from antiphon.serve.cutting import Cutting
 from antiphon.serve.happenings import (
-    Added,
     Answer,
-    AnswerBegun,
-    AnswerEnded,
     Cleared,
     Committed,
-    Deleted,
-    Finished,
     Happening,
     Heard,
     HeardMore,
     Item,
     Manner,
     NotHeard,
-    OutputBegun,
-    OutputEnded,
     Part,
-    Retrieved,
+    Problem,
     SpeechStarted,
     SpeechStopped,
     TimedOut,
-    Truncated,
-    Usage,
 )
+from antiphon.serve.history import History, Told
 from antiphon.serve.house import House, settled
-from antiphon.serve.logs import note
+from antiphon.serve.listening import LEAST_MS, Inbox, Listener
 from antiphon.serve.refusals import Refused
 from antiphon.serve.retelling import retell
-from antiphon.serve.sounds import wire_rate
-from antiphon.serve.speaker import Speaker
 from antiphon.serve.transcriptions import Recording, Written, pieces
 from antiphon.serve.vad import Detector, Sign
 from antiphon.serve.wire import new_id
-
-LEAST_MS = 100  # of sound, that a turn needs
-PATIENCE = 0.4  # seconds that a client which was interrupted has to say how much of the answer was heard
-
-
-@dataclass
-class Inbox:
-    """The user's turn as it comes in."""
-
-    item: str = field(default_factory=lambda: new_id("item"))
-    pieces: list[Samples] = field(default_factory=list)
-    count: int = 0  # samples
-    fed: int = 0  # pieces that the call has heard
-
-    def add(self, samples: Samples) -> None:
-        """More of it."""
-        self.pieces.append(samples)
-        self.count += len(samples)
-
-    @property
-    def samples(self) -> Samples:
-        """All of it [N]."""
-        return np.concatenate(self.pieces) if self.pieces else np.zeros(0, np.float32)
-
-
-def _told(manner: Manner) -> tuple[Any, ...]:
-    """What of a manner is in the conversation's system turn, or its memory."""
-    return manner.instructions, manner.tools, manner.choice == "none", manner.retention
-
-
-@dataclass
-class Cut:
-    """An answer that was interrupted and is to be cut to what was heard, by our clock until the client says better."""
-
-    item: Item
-    ms: int
-    told: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Talk:
@@ -110,51 +59,32 @@ class Talk:
         house: the engine and what is beside it.
         call: the engine's conversation, which is this one's alone.
         manner: how it is held; `configure` changes it.
-        who: whose it is.
         happened: takes what happens, in order; may make it wait.
     """
 
     def __init__(
-        self, house: House, call: Call, manner: Manner, who: str, happened: Callable[[Happening], Awaitable[None]]
+        self, house: House, call: Call, manner: Manner, happened: Callable[[Happening], Awaitable[None]]
     ) -> None:
-        self.house, self.call, self.manner, self.who, self.happened = house, call, manner, who, happened
-        self.items: list[Item] = []
-        self.inbox = Inbox()
-        self.answer: Answer | None = None  # that is being given
-        self._answering: asyncio.Task[None] | None = None
-        self._answers_by = call
-        self._spoken: tuple[Item, float, float] | None = None  # last spoken item, when it began to be heard, seconds
-        self._cut: Cut | None = None
-        self._cutting: asyncio.Task[None] | None = None
+        self.house, self.manner, self.happened = house, manner, happened
+        self.background = Background(lambda error: happened(Problem(error)))
+        self.listener = Listener(manner.heard_as, manner.taking)
+        self.history = History(house, call, happened, self.background)
+        self.answers = Answers(self.history, self._after_answer)
+        self.cutting = Cutting(self.history, self.answers, self._feed)
+        self._writing = asyncio.Lock()  # what the user said is written down one turn after another
         self._idle: asyncio.Task[None] | None = None
-        self._hearing = asyncio.Lock()  # what the user said is written down one turn after another
-        self._tasks = set[asyncio.Task[None]]()
-        self._stale = False  # the call does not hold what the items say
         self._owed = False  # a turn ended while an answer was given, and is to be answered after it
-        self._known = 0  # positions that were read by the last answer
         self._guessed = False  # an answer was begun in case the turn is over: the call must hear nothing more
-        self._listen_anew()
-
-    # -------------------------------------------------------------------------------------- how it is held
 
     async def configure(self, manner: Manner) -> None:
         """Hold it in another manner from now on."""
         old, self.manner = self.manner, manner
-        self._stale |= _told(manner) != _told(old)
         if (manner.heard_as, manner.taking) != (old.heard_as, old.taking):
-            self._stale |= self.inbox.fed > 0
-            self._listen_anew()
-        if self._stale and not self.items and self.answer is None:
-            await self._refresh()
-
-    def _listen_anew(self) -> None:
-        self.rate = wire_rate(self.manner.heard_as)
-        self.inbox = Inbox()
-        taking = self.manner.taking
-        self._detector = Detector(taking, self.rate) if taking else None
-        self._rest = np.zeros(0, np.float32)  # of a step of the detector
-        self._before: list[Samples] = []  # a turn that begins now
-        self._position = 0  # samples judged so far
+            self.history.forget_turn()
+            self._stop_idle()
+            self.listener = Listener(manner.heard_as, manner.taking)
+        if not self.history.items and self.answers.current is None:
+            await self._be_told(manner)
 
     # ------------------------------------------------------------------------------------------- the user
 
@@ -164,86 +94,70 @@ class Talk:
         Raises:
             Refused: the turn is longer than the limit.
         """
-        most = self.house.settings.audio_seconds
-        if (self.inbox.count + len(samples)) > most * self.rate:
+        most, listener = self.house.settings.audio_seconds, self.listener
+        if listener.inbox.count + len(samples) > most * listener.rate:
             raise Refused(f"a turn is longer than the limit of {most:g} seconds; commit or clear it", code="too_long")
-        if self._detector is None:
-            self.inbox.add(samples)
-            self._feed()
-            return
-        self._rest = np.concatenate([self._rest, samples])
-        while self._detector is not None and len(self._rest) >= self._detector.step:
-            step, self._rest = self._rest[: self._detector.step], self._rest[self._detector.step :]
-            await self._judge(self._detector, step)
+        for sign in listener.push(samples):
+            await self._react(sign)
         self._feed()
 
-    async def _judge(self, detector: Detector, step: Samples) -> None:
-        """What one step of the detector means for the turn."""
-        sign = detector.push(step)
-        self._position += len(step)
+    async def _react(self, sign: Sign) -> None:
+        """What a sign of the detector means for the conversation."""
+        listener, taking = self.listener, self.listener.taking
+        assert taking is not None
         if sign is Sign.STARTED:
-            await self._begin_turn(detector, step)
-        elif detector.speaking or sign is Sign.STOPPED:
-            self.inbox.add(step)
-        else:
-            self._before.append(step)
-            del self._before[: len(self._before) - round(detector.before_ms * self.rate / 1000) // len(step) - 1]
-        if sign is Sign.PAUSED:
+            self._stop_idle()
+            await self.happened(SpeechStarted(listener.inbox.item, listener.began_ms))
+            if taking.interrupt:
+                self.cutting.interrupt()
+            if self.answers.current is None and not self.cutting.is_pending:
+                await self._be_told(self.manner)  # so that what follows is read while it is said
+        elif sign is Sign.PAUSED:
             self._feed()
-            if detector.taking.likely is not None and not self._stale:
-                self._background(self._judge_pause(detector, self.call.recent()))
+            self._judge_pause()
             self._guess()
         elif sign is Sign.RESUMED:
             self._guessed = False
-        elif sign is Sign.STOPPED:
-            await self._end_turn(detector)
+        else:
+            await self.happened(SpeechStopped(listener.inbox.item, listener.ms))
+            await self._end_turn()
+            if self.manner.answers and taking.create:
+                await self._answer_or_owe()
 
-    async def _judge_pause(self, detector: Detector, recent: Future[Tensor]) -> None:
-        """Whether the turn is over, by what was said before this pause."""
-        with suppress(AntiphonError):
-            detector.judged(self.house.model.turn_end(await settled(recent)))
+    @property
+    def _is_told(self) -> bool:
+        """Whether the engine's call holds all that was said."""
+        return self.manner.answers and self.history.holds(self.manner)
 
-    async def _begin_turn(self, detector: Detector, step: Samples) -> None:
-        for piece in [*self._before, step]:
-            self.inbox.add(piece)
-        self._before = []
-        self._stop_idle()
-        begun = max(0, self._ms() - round(1000 * self.inbox.count / self.rate))
-        await self.happened(SpeechStarted(self.inbox.item, begun))
-        if detector.taking.interrupt:
-            self.interrupt()
-
-    async def _end_turn(self, detector: Detector) -> None:
-        await self.happened(SpeechStopped(self.inbox.item, self._ms()))
-        await self._commit()
-        if self.manner.answers and detector.taking.create:
-            await self._answer_or_owe()
-
-    def _ms(self) -> int:
-        return round(1000 * self._position / self.rate)
+    async def _be_told(self, manner: Manner) -> None:
+        """The engine's call holds all that was said from now on, and what has come of the user's turn."""
+        if manner.answers and not self.history.holds(manner):
+            await self.history.tell(manner)
+            self.listener.inbox.heard = 0
+            self._feed()
 
     def _feed(self) -> None:
         """Let the call hear what has come of the turn, unless it has to wait."""
-        if self._cut is not None or self._stale or self._guessed or not self.manner.answers:
-            return
-        new = self.inbox.pieces[self.inbox.fed :]
-        if new:
-            self.inbox.fed = len(self.inbox.pieces)
-            self._background(self._fed(self.call.append_audio(np.concatenate(new), self.rate)))
+        if self._is_told and not self.cutting.is_pending and not self._guessed:
+            new = self.listener.inbox.unheard()
+            if new is not None:
+                self.history.hear(new, self.listener.rate)
 
-    async def _fed(self, heard: Future[None]) -> None:
-        """Where the call could not hear it, it is told anew."""
-        try:
-            await settled(heard)
-        except AntiphonError:
-            self._stale = True
+    def _judge_pause(self) -> None:
+        """Ask whether the turn is over, by what was said before this pause."""
+        detector = self.listener.detector
+        if detector is not None and detector.taking.likely is not None and self._is_told:
+            self.background.do(self._judge(detector, self.history.call.recent()))
+
+    async def _judge(self, detector: Detector, recent: Future[Tensor]) -> None:
+        with suppress(AntiphonError):
+            detector.judged(self.house.model.turn_end(await settled(recent)))
 
     def _guess(self) -> None:
         """Begin the answer in case the turn is over."""
-        taking = self.manner.taking
-        is_ready = self.answer is None and self._cut is None and not self._stale and self.manner.answers
-        if is_ready and taking is not None and taking.create:
-            self.call.guess(self._options())
+        is_ready = self._is_told and self.answers.current is None and not self.cutting.is_pending
+        if is_ready and self.listener.taking is not None and self.listener.taking.create:
+            self.history.call.guess(self.manner.options)
             self._guessed = True
 
     async def commit(self) -> None:
@@ -252,45 +166,39 @@ class Talk:
         Raises:
             Refused: there is too little sound.
         """
-        if self._detector is not None and self._detector.speaking:
-            self._detector.reset()
-        if 1000 * self.inbox.count < LEAST_MS * self.rate:
+        self.listener.stop()
+        inbox = self.listener.inbox
+        if 1000 * inbox.count < LEAST_MS * inbox.rate:
             raise Refused(
-                f"the turn has {1000 * self.inbox.count / self.rate:.0f} ms of sound; it needs {LEAST_MS} ms",
-                code="input_audio_buffer_commit_empty",
+                f"the turn has {inbox.ms} ms of sound; it needs {LEAST_MS} ms", code="input_audio_buffer_commit_empty"
             )
-        await self._commit()
+        await self._end_turn()
 
-    async def _commit(self) -> None:
-        await self._finish_cut()
+    async def _end_turn(self) -> None:
+        await self.cutting.finish()
         self._feed()
         self._guessed = False
-        inbox, self.inbox = self.inbox, Inbox()
-        item = Item(inbox.item, "user", [Part("", bytearray(pcm16(inbox.samples)), self.rate)])
-        await self.happened(Committed(item.id, self._last()))
-        await self._add(item)
-        if self.manner.answers and not self._stale:
-            self.call.commit()
+        inbox = self.listener.end_turn()
+        item = Item(inbox.item, "user", [Part("", bytearray(pcm16(inbox.samples)), inbox.rate)])
+        await self.happened(Committed(item.id, self.history.last))
+        await self.history.add(item)
+        if self.manner.answers:
+            self.history.end_turn(self.manner)
         if self.manner.language is not None:
-            self._background(self._write_down(item, inbox.samples, self.rate, self.manner.language))
+            self.background.do(self._write_down(item, inbox, self.manner.language))
 
     async def clear(self) -> None:
         """What was sent of the turn is void."""
-        self._stale |= self.inbox.fed > 0
-        self.inbox, self._guessed = Inbox(), False
-        self._before, self._rest = [], np.zeros(0, np.float32)
-        if self._detector is not None:
-            self._detector.reset()
+        self.history.forget_turn()
+        self.listener.clear()
+        self._guessed = False
         await self.happened(Cleared())
 
-    async def _write_down(self, item: Item, samples: Samples, rate: int, language: str) -> None:
+    async def _write_down(self, item: Item, inbox: Inbox, language: str) -> None:
         """Tell the client what the user said."""
-        written = Written([])
+        written, recording = Written([]), Recording(inbox.samples, inbox.rate, language)
         try:
-            async with (
-                self._hearing,
-                aclosing(pieces(self.house, Recording(samples, rate, language), written, aside=True)) as text,
-            ):
+            async with self._writing, aclosing(pieces(self.house, recording, written, aside=True)) as text:
                 async for delta in text:
                     await self.happened(HeardMore(item.id, delta))
             item.parts[0].text = written.text()
@@ -300,87 +208,7 @@ class Talk:
         if not self.manner.answers:
             item.parts[0].sound = None  # nobody will hear it again
 
-    # ------------------------------------------------------------------------------------------ being cut off
-
-    def interrupt(self) -> None:
-        """The user speaks: the answer stops, and is cut to what was heard of it."""
-        if self.answer is not None and self.answer.in_conversation:
-            self.answer.reason = "turn_detected"
-            self.call.cancel()
-        elif self.answer is not None:
-            return
-        if self._spoken is None or self._cut is not None:
-            return
-        item, begun, seconds = self._spoken
-        heard = time.perf_counter() - begun
-        if (self.answer is None and heard < seconds) or (self.answer is not None and item in self.answer.items):
-            self._cut = Cut(item, round(1000 * heard))
-            self._cutting = self._background(self._cut_off(self._cut))
-
-    async def _cut_off(self, cut: Cut) -> None:
-        with suppress(TimeoutError):
-            await asyncio.wait_for(cut.told.wait(), PATIENCE)
-        await self._until_answered()
-        await self._cut_to(cut.item, min(cut.ms, round(1000 * cut.item.parts[0].seconds)))
-        self._cut, self._spoken = None, None
-        self._feed()
-
-    async def _finish_cut(self) -> None:
-        if self._cut is not None and self._cutting is not None:
-            self._cut.told.set()
-            await self._cutting
-
-    async def truncate(self, id: str, ms: int) -> None:
-        """Cut an answer to what was heard of it, says the client.
-
-        Raises:
-            Refused: no such answer, or it is shorter.
-        """
-        item = self.find(id)
-        if item.role != "assistant" or not item.parts or item.parts[0].sound is None:
-            raise Refused(f"{id} is no spoken answer", code="invalid_value", param="item_id")
-        if self.answer is not None and item in self.answer.items:
-            self.answer.reason = self.answer.reason or "client_cancelled"
-            self.call.cancel()
-            await self._until_answered()
-        most = round(1000 * item.parts[0].seconds)
-        if not 0 <= ms <= most:
-            raise Refused(f"{id} has {most} ms of sound", code="invalid_value", param="audio_end_ms")
-        if self._cut is not None and self._cut.item is item:
-            self._cut.ms = ms
-            await self._finish_cut()
-        else:
-            await self._cut_to(item, ms)
-        await self.happened(Truncated(id, ms))
-
-    async def _cut_to(self, item: Item, ms: int) -> None:
-        part = item.parts[0]
-        share, whole = ms / max(1.0, 1000 * part.seconds), part.text
-        part.sound = (part.sound or bytearray())[: 2 * (ms * part.rate // 1000)]
-        try:
-            if self._stale or self._last() != item.id or self.inbox.fed:
-                raise InputError("other things were said since")
-            part.text = await settled(self.call.truncate(ms))
-        except AntiphonError:
-            words = whole.split(" ")
-            part.text, self._stale = " ".join(words[: int(share * len(words))]), True
-
-    # -------------------------------------------------------------------------------------------- items
-
-    def find(self, id: str) -> Item:
-        """An item.
-
-        Raises:
-            Refused: there is none of that id.
-        """
-        for item in self.items:
-            if item.id == id:
-                return item
-        raise Refused(f"there is no item {id!r}", code="item_retrieve_invalid_item_id", param="item_id")
-
-    async def retrieve(self, id: str) -> None:
-        """Show an item."""
-        await self.happened(Retrieved(self.find(id)))
+    # ------------------------------------------------------------------------------------------- answers
 
     async def create(self, item: Item, after: str | None) -> None:
         """Add an item of the client's; `after` is the item before it, "root" the beginning, None the end.
@@ -388,151 +216,74 @@ class Talk:
         Raises:
             Refused: its id is taken, or there is no such item before it.
         """
-        if any(item.id == other.id for other in self.items):
-            raise Refused(f"there is an item {item.id!r} already", code="item_create_duplicate_id", param="item.id")
-        if item.role == "result" and not any(i.role == "call" and i.call_id == item.call_id for i in self.items):
-            raise Refused(f"no function was called as {item.call_id!r}", code="invalid_value", param="item.call_id")
-        place = len(self.items) if after is None else 0 if after == "root" else self.items.index(self.find(after)) + 1
-        await self._finish_cut()
-        at_end = place == len(self.items) and self.answer is None and not self.inbox.fed
-        await self._add(item, place)
-        if at_end and not self._stale:
-            await retell(self.call, [item])
+        place = self.history.place(item, after)
+        await self.cutting.finish()
+        is_last = place == len(self.history.items) and self.answers.current is None and not self.history.is_hearing
+        await self.history.add(item, place)
+        if is_last and self._is_told:
+            await self.history.tell_more([item])
         else:
-            self._stale = True
+            self.history.changed()
 
-    async def delete(self, id: str) -> None:
-        """Forget an item.
-
-        Raises:
-            Refused: there is none.
-        """
-        self.items.remove(self.find(id))
-        self._stale = True
-        await self.happened(Deleted(id))
-
-    async def _add(self, item: Item, place: int | None = None, done: bool = True) -> None:
-        place = len(self.items) if place is None else place
-        after = self.items[place - 1].id if place else None
-        self.items.insert(place, item)
-        self._forget_sound()
-        await self.happened(Added(item, after, done))
-
-    def _forget_sound(self) -> None:
-        """Keep no more of what was said than the limit, the oldest first: the call has heard it."""
-        sizes = [(part, len(part.sound or b"")) for item in self.items[:-1] for part in item.parts]
-        over = sum(size for _, size in sizes) - self.house.settings.history_bytes
-        for part, size in sizes:
-            if over <= 0:
-                return
-            over -= size
-            part.sound = None
-
-    def _last(self) -> str | None:
-        return self.items[-1].id if self.items else None
-
-    async def _refresh(self) -> None:
-        """Tell the call anew what the items say, and what has come of the user's turn."""
-        manner = self.manner
-        tools = () if manner.choice == "none" else manner.tools
-        begun = await asyncio.to_thread(
-            self.house.engine.begun, manner.instructions or None, tools, LIVE_WINDOW, manner.retention
-        )
-        await settled(self.call.become(begun))
-        self._stale, self.inbox.fed, self._known = False, 0, 0
-        await retell(self.call, self.items)
-        self._feed()
-
-    # ------------------------------------------------------------------------------------------- answers
-
-    async def respond(self, answer: Answer, instructions: str | None = None) -> None:
-        """Answer, says the client; `instructions` are for this answer and are told right before it.
+    async def respond(self, answer: Answer, manner: Manner) -> None:
+        """Answer in a manner, this conversation's or one that is this answer's alone.
 
         Raises:
-            Refused: an answer is being given.
+            Refused: an answer is being given, or there is nothing to answer.
+            AntiphonError: what was said is too much to be told in this manner.
         """
-        self._check_free()
-        if not self.items and not instructions:
+        self.answers.check_free()
+        if not self.history.items and not manner.instructions:
             raise Refused("there is nothing to answer; say something first", code="invalid_value")
-        await self._finish_cut()
-        if self._stale:
-            await self._refresh()
-        if instructions:
-            await settled(self.call.append_message({"role": "system", "content": instructions}))
-        self._start(answer, self.call)
+        await self.cutting.finish()
+        await self._be_told(manner)
+        self._stop_idle()
+        self.answers.begin(answer, self.history.call, manner.said_as)
 
-    async def respond_aside(self, answer: Answer, items: Sequence[Item], instructions: str | None) -> None:
-        """Answer other items, beside the conversation.
+    async def respond_to(self, items: Sequence[Item], answer: Answer, manner: Manner) -> None:
+        """Answer other items than the conversation's.
 
         Raises:
             Refused: an answer is being given.
+            AntiphonError: the items cannot be read.
         """
-        self._check_free()
-        system = instructions or self.manner.instructions or None
+        self.answers.check_free()
+        told = Told.by(manner)
         call = await asyncio.to_thread(
-            lambda: self.house.engine.open(system, self.manner.tools, LIVE_WINDOW, aside=True)
+            lambda: self.house.engine.open(told.instructions, told.tools, LIVE_WINDOW, told.retention, aside=True)
         )
-        await retell(call, items)
-        self._start(answer, call)
-
-    def _check_free(self) -> None:
-        if self.answer is not None:
-            raise Refused("an answer is being given; cancel it first", code="conversation_already_has_active_response")
+        try:
+            await retell(call, items)
+            self.answers.begin(answer, call, manner.said_as)
+        except Exception:
+            call.close()
+            raise
+        self._stop_idle()
 
     async def _answer_or_owe(self) -> None:
-        if self.answer is not None:
+        if self.answers.current is not None:
             self._owed = True
-            return
-        await self.respond(Answer(new_id("resp"), self._options()))
-
-    def _options(self) -> Options:
-        return self.manner.options
-
-    def _start(self, answer: Answer, call: Call) -> None:
-        self.answer, self._answers_by = answer, call
-        self._stop_idle()
-        self._answering = self._background(self._give(answer, call))
-
-    async def _give(self, answer: Answer, call: Call) -> None:
-        """Give an answer from its first event to its last."""
-        speaker = Speaker(self, answer, call, self.manner.said_as)
-        await self.happened(AnswerBegun(answer))
-        try:
-            events = call.respond(answer.options, ahead=self.house.settings.ahead)
-            async with aclosing(self.house.events(events)) as found:
-                async for event in found:
-                    await speaker.take(event)
-        except Exception as error:
-            answer.status, answer.error = "failed", error
-            await speaker.close()
-            self._stale = self._stale or answer.in_conversation
-        if not answer.in_conversation:
-            call.close()
-        await self.happened(AnswerEnded(answer))
-        self.answer = None
-        await self._after_answer()
+        else:
+            await self.respond(Answer(new_id("resp"), self.manner.options), self.manner)
 
     async def _after_answer(self) -> None:
-        if self._owed and self._detector is not None and not self._detector.speaking:
+        taking = self.listener.taking
+        if self._owed and taking is not None and not self.listener.is_speaking:
             self._owed = False
             await self._answer_or_owe()
-        elif self._detector is not None and self._detector.taking.idle_ms is not None:
-            self._idle = self._background(self._wait_for_somebody(self._detector.taking.idle_ms))
+        elif taking is not None and taking.idle_ms is not None:
+            self._idle = self.background.do(self._wait_for_somebody(taking.idle_ms))
 
     async def _wait_for_somebody(self, idle_ms: int) -> None:
         """Where nobody says anything after an answer, the model is asked to go on."""
-        _, begun, seconds = self._spoken or (None, 0.0, 0.0)
-        await asyncio.sleep(max(0.0, begun + seconds - time.perf_counter()) + idle_ms / 1000)
+        await asyncio.sleep(self.answers.playback.left + idle_ms / 1000)
         self._idle = None
-        if self.answer is not None or (self._detector is not None and self._detector.speaking):
+        if self.answers.current is not None or self.listener.is_speaking:
             return
-        least = np.zeros(round(2 * LEAST_MS * self.rate / 1000), np.float32)
-        for piece in self._before or [least]:
-            self.inbox.add(piece)
-        self._before = []
-        await self.happened(TimedOut(self.inbox.item, max(0, self._ms() - idle_ms), self._ms()))
-        self._feed()
-        await self._commit()
+        self.listener.begin_silent()
+        item, now = self.listener.inbox.item, self.listener.ms
+        await self.happened(TimedOut(item, max(0, now - idle_ms), now))
+        await self._end_turn()
         await self._answer_or_owe()
 
     def _stop_idle(self) -> None:
@@ -540,70 +291,12 @@ class Talk:
             self._idle.cancel()
         self._idle = None
 
-    async def cancel(self, id: str | None) -> None:
-        """Stop the answer, says the client.
-
-        Raises:
-            Refused: none is being given, or another.
-        """
-        answer = self.answer
-        if answer is None or (id is not None and answer.id != id):
-            raise Refused("no answer is being given", code="response_cancel_not_active")
-        answer.reason = answer.reason or "client_cancelled"
-        self._answers_by.cancel()
-
-    async def _until_answered(self) -> None:
-        if self._answering is not None and self._answering is not asyncio.current_task():
-            with suppress(asyncio.CancelledError):
-                await asyncio.shield(self._answering)
-
     async def finish(self) -> None:
         """Wait for the end of what is being said."""
-        await self._until_answered()
+        await self.answers.until_over()
 
     def close(self) -> None:
         """Leave the engine."""
-        for task in self._tasks:
-            task.cancel()
-        self._answers_by.close()
-        self.call.close()
-
-    def _background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        return task
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            note("failed", level=logging.ERROR, error=error)
-
-    # ------------------------------------------------------------------------------- of an answer, to Speaker
-
-    def spoke(self, item: Item, begun: float, seconds: float) -> None:
-        """So much of an item's sound has been sent, of which the first could be heard at `begun`."""
-        self._spoken = (item, begun, seconds)
-
-    def usage(self, call: Call, reply: Reply) -> Usage:
-        """Tokens of an answer that is over."""
-        session, said = call.session, call.session.answer
-        prompt = session.ids[: said.start] if said else []
-        audio = prompt.count(session.model.config.audio_token_id)
-        cached, self._known = min(self._known, len(prompt)), len(prompt) + len(reply.text_ids)
-        left = session.thinker.capacity - len(session.ids)
-        return Usage(len(prompt) - audio, audio, cached, len(reply.text_ids), len(reply.codes), left)
-
-    async def add_output(self, answer: Answer, item: Item) -> None:
-        """An item of an answer begins."""
-        answer.items.append(item)
-        await self.happened(OutputBegun(answer, item, len(answer.items) - 1))
-        if answer.in_conversation:
-            await self._add(item, done=False)
-
-    async def end_output(self, answer: Answer, item: Item) -> None:
-        """An item of an answer is whole."""
-        await self.happened(OutputEnded(answer, item, answer.items.index(item)))
-        if answer.in_conversation and item in self.items:
-            place = self.items.index(item)
-            await self.happened(Finished(item, self.items[place - 1].id if place else None))
+        self.background.cancel()
+        self.answers.close()
+        self.history.call.close()

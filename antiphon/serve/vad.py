@@ -25,7 +25,7 @@ CONFIRMED = 2  # steps of speech that begin a turn: a click is none
 RELEASE = 0.15  # below the threshold by so much is silence
 PAUSE_MS = 150  # of silence, after which the answer is begun in case the turn is over
 QUICK_MS = 200  # of silence, that end a turn which is judged to be over
-EAGERNESS = {"low": (0.85, 8000), "medium": (0.6, 4000), "auto": (0.6, 4000), "high": (0.3, 2000)}  # see `of_eagerness`
+EAGERNESS = {"low": (0.7, 8000), "medium": (0.6, 4000), "auto": (0.6, 4000), "high": (0.3, 2000)}  # see `of_eagerness`
 
 
 @dataclass(frozen=True)

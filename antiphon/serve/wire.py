@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic_core import from_json, to_json
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -77,8 +77,8 @@ def parsed(body: bytes | str) -> dict[str, Any]:
         Refused: it is none.
     """
     try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
+        value = from_json(body, allow_inf_nan=False)  # half a surrogate pair could be neither read nor sent back
+    except ValueError:
         raise Refused("the body is not valid JSON", code="invalid_json") from None
     if not isinstance(value, dict):
         raise Refused("the body must be a JSON object", code="invalid_json")
@@ -159,6 +159,6 @@ async def streamed(pieces: AsyncIterator[bytes], media: str) -> StreamingRespons
             told = refusal(error)
             if media != "text/event-stream":
                 raise
-            yield server_event(json.dumps(told.body()))
+            yield server_event(to_json(told.body()).decode())
 
     return StreamingResponse(all_of_them(), media_type=media, headers={"cache-control": "no-store"})

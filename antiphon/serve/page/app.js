@@ -10,6 +10,7 @@ const talk = new Conversation();
 const scopes = { heard: new Scope($("heard"), "--you"), spoken: new Scope($("spoken"), "--them") };
 const strip = new Strip($("packets"));
 const KEPT_EVENTS = 400;
+const KEPT_LINES = 20; // for a screen reader
 const GRACE = 3000; // ms after the microphone opened in which echo cancellation settles, and nothing is interrupted by it
 const FILE_PIECE = RATE; // samples of a file that are sent at once
 const AUDIBLE = 0.01;
@@ -107,7 +108,7 @@ sound.onpiece = ({ samples, level }) => {
 
 function press() {
   attempt(async () => {
-    interrupt();
+    await interrupt();
     await openMicrophone();
   });
 }
@@ -121,18 +122,21 @@ function release() {
 }
 
 /** Stop the answer, here at once and there with what was heard of it. */
-function interrupt() {
+async function interrupt() {
   if (!playing.item && !talk.response) return;
-  sound.stop();
-  if (playing.item || talk.response) talk.interrupt(playing.ms);
-  playing = silent();
+  if (talk.response) talk.cancel();
+  await cutShort();
 }
 
-talk.addEventListener("interrupted", () => {
-  if (!playing.item || performance.now() - openedAt < GRACE) return;
-  sound.stop();
-  talk.truncate(playing.ms); // the server has cancelled the answer itself
-  playing = silent();
+async function cutShort() {
+  const item = talk.cut();
+  fallSilent();
+  const ms = await sound.stop();
+  if (item) talk.truncate(item, ms);
+}
+
+talk.addEventListener("interrupted", () => { // the server has cancelled the answer itself
+  if (talk.speaking && performance.now() - openedAt >= GRACE) cutShort();
 });
 
 $("talk").addEventListener("click", () => {
@@ -178,7 +182,7 @@ $("write").addEventListener("submit", (event) => {
   attempt(async () => {
     await sound.open();
     await connected();
-    interrupt();
+    await interrupt();
     talk.say(text);
   });
 });
@@ -198,7 +202,7 @@ function sendFile(file) {
   return attempt(async () => {
     const samples = await sound.read(file);
     await connected();
-    interrupt();
+    await interrupt();
     talk.update({ vad: null }); // a file is one turn, whatever pauses are in it
     sound.show(samples);
     for (let start = 0; start < samples.length; start += FILE_PIECE) talk.append(samples.subarray(start, start + FILE_PIECE));
@@ -258,6 +262,11 @@ function silent() {
 /** All of an answer has been heard when the player waits and nothing more will come. */
 function endOfSound() {
   if (!playing.waits || talk.response) return;
+  talk.speaking = null;
+  fallSilent();
+}
+
+function fallSilent() {
   playing = silent();
   $("stop").disabled = true;
   state(sound.microphone ? "listening" : "connected", sound.microphone ? "listening" : "open");
@@ -277,7 +286,19 @@ talk.addEventListener("change", ({ detail: item }) => {
   line.dataset.state = item.state;
   line.firstChild.textContent = item.text || (item.role === "user" ? "…" : "");
   line.scrollIntoView({ block: "nearest" });
+  if (item.state !== "forming" && item.text) announce(item);
 });
+
+const SPEAKERS = { user: "You", assistant: "Antiphon", tool: "Function" };
+
+/** Tell a screen reader what was said, once it is whole. */
+function announce(item) {
+  if (item.announced === item.text) return;
+  item.announced = item.text;
+  const cut = item.state === "cut" ? ", interrupted" : "";
+  $("aloud").append(Object.assign(document.createElement("p"), { textContent: `${SPEAKERS[item.role]}${cut}: ${item.text}` }));
+  while ($("aloud").children.length > KEPT_LINES) $("aloud").firstChild.remove();
+}
 talk.addEventListener("gone", ({ detail: id }) => $("said").querySelector(`[data-id="${CSS.escape(id)}"]`)?.remove());
 
 // ----------------------------------------------------------------------------------------------------- how long it took
@@ -401,15 +422,11 @@ talk.addEventListener("event", ({ detail: { sent, event } }) => {
   if (!$("noisy").checked && (event.type === "input_audio_buffer.append" || event.type === "response.output_audio.delta")) return;
   const line = document.createElement("li");
   line.className = sent ? "sent" : "got";
-  line.tabIndex = 0;
-  const short = JSON.stringify(event, (key, value) => (typeof value === "string" && value.length > 200 ? `${value.slice(0, 60)}… (${value.length})` : value));
-  line.textContent = `${sent ? "→" : "←"} ${event.type}`;
-  const turnOver = () => {
-    line.classList.toggle("open");
-    line.textContent = `${sent ? "→" : "←"} ${line.classList.contains("open") ? JSON.stringify(JSON.parse(short), null, 1) : event.type}`;
-  };
-  line.addEventListener("click", turnOver);
-  line.addEventListener("keydown", ({ key }) => key === "Enter" && turnOver());
+  const whole = document.createElement("details");
+  whole.append(Object.assign(document.createElement("summary"), { textContent: `${sent ? "→" : "←"} ${event.type}` }));
+  const shorter = (key, value) => (typeof value === "string" && value.length > 200 ? `${value.slice(0, 60)}… (${value.length})` : value);
+  whole.append(Object.assign(document.createElement("pre"), { textContent: JSON.stringify(event, shorter, 1) }));
+  line.append(whole);
   const list = $("events");
   const atEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 30;
   list.append(line);
@@ -421,11 +438,20 @@ $("forget").addEventListener("click", () => $("events").replaceChildren());
 function theme(name) {
   document.documentElement.dataset.theme = name;
   localStorage.setItem("theme", name);
+  repaint();
+}
+
+function repaint() {
   for (const scope of Object.values(scopes)) scope.rgb = null;
   strip.draw();
 }
-$("theme").addEventListener("click", () => theme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
-theme(localStorage.getItem("theme") ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
+
+const prefersDark = matchMedia("(prefers-color-scheme: dark)");
+const isDark = () => (document.documentElement.dataset.theme ?? (prefersDark.matches ? "dark" : "light")) === "dark";
+$("theme").addEventListener("click", () => theme(isDark() ? "light" : "dark"));
+prefersDark.addEventListener("change", repaint);
+if (localStorage.getItem("theme")) theme(localStorage.getItem("theme"));
+else repaint();
 
 function frame() {
   scopes.heard.step(sound.heard);

@@ -16,7 +16,14 @@ function fit(canvas) {
   return { width, height, scale, changed, ink: canvas.getContext("2d") };
 }
 
-const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+/** A colour of the style sheet, as it is in the light or dark of now. */
+function colour(name) {
+  const probe = document.documentElement.appendChild(document.createElement("i"));
+  probe.style.color = `var(${name})`;
+  const found = getComputedStyle(probe).color;
+  probe.remove();
+  return found;
+}
 
 /** Spectrogram above waveform, running from right to left while there is sound. */
 export class Scope {
@@ -119,8 +126,9 @@ export class Strip {
     ink.fillStyle = colour("--line");
     ink.fillRect(0, zero, width, scale);
     const step = Math.min(8 * scale, width / Math.max(1, this.packets.length));
+    const [late, early] = [colour("--late"), colour("--them")];
     this.packets.forEach(({ slack }, i) => {
-      ink.fillStyle = colour(slack < 0 ? "--late" : "--them");
+      ink.fillStyle = slack < 0 ? late : early;
       const size = slack < 0 ? (-slack / most) * below : (slack / most) * above;
       ink.fillRect(i * step, slack < 0 ? zero : zero - size, Math.max(1, step - scale), Math.max(2 * scale, size));
     });

@@ -4,6 +4,7 @@
 //                  {clear: true}                           throw away what has not been played
 //   to the page:   {item, playedMs, queuedMs, underruns}   about every 50 ms while something is played, and when it ends
 //                  {started: item}                         the first sample of an answer has left
+//                  {stopped: item, playedMs}               it was cut off after so much
 
 import { Resampler } from "./resample.js";
 
@@ -44,7 +45,7 @@ class Player extends AudioWorkletProcessor {
   stop() {
     this.queue = [];
     this.fading = Math.round(FADE * sampleRate);
-    this.report();
+    this.port.postMessage({ stopped: this.item, playedMs: (1000 * this.played) / sampleRate });
     this.item = null;
   }
 

@@ -29,7 +29,6 @@ export class Conversation extends EventTarget {
   async open(key) {
     const url = new URL("v1/realtime", location.href);
     url.protocol = url.protocol.replace("http", "ws");
-    url.searchParams.set("model", "tiny");
     const resuming = this.token && Date.now() - this.lost < RESUME_FOR;
     if (resuming) {
       url.searchParams.set("session_id", this.session.id);
@@ -90,7 +89,7 @@ export class Conversation extends EventTarget {
         output_modalities: ["audio"],
         ...(instructions === undefined ? {} : { instructions }),
         audio: {
-          input: { turn_detection, transcription: { model: "tiny" } },
+          input: { turn_detection, transcription: { model: this.session?.model } },
           ...(voice ? { output: { voice } } : {}),
         },
       },
@@ -122,24 +121,29 @@ export class Conversation extends EventTarget {
     this.send({ type: "response.create" });
   }
 
-  /** Stop the answer; `ms` of its sound were heard. */
-  interrupt(ms) {
-    if (this.response) this.send({ type: "response.cancel" });
-    this.truncate(ms);
+  cancel() {
+    this.send({ type: "response.cancel" });
   }
 
-  truncate(ms) {
+  /** Take in no more of the item that is being said; what it is, if there is one. */
+  cut() {
     const item = this.items.get(this.speaking);
-    if (!item) return;
-    item.state = "cut";
+    this.speaking = null;
+    if (item) {
+      item.state = "cut";
+      this.emit("change", item);
+    }
+    return item;
+  }
+
+  /** `ms` of the sound of an item were heard. */
+  truncate(item, ms) {
     this.send({
       type: "conversation.item.truncate",
-      item_id: this.speaking,
+      item_id: item.id,
       content_index: 0,
-      audio_end_ms: Math.min(Math.floor(ms), Math.floor(item.ms ?? 0)),
+      audio_end_ms: Math.floor(Math.min(ms, item.ms)),
     });
-    this.speaking = null;
-    this.emit("change", item);
   }
 
   // ------------------------------------------------------------------------------------------------ what the server says
@@ -158,7 +162,9 @@ export class Conversation extends EventTarget {
   }
 
   grow(id, role, text, state) {
-    const item = Object.assign(this.item(id, role), { state });
+    const item = this.item(id, role);
+    if (item.state === "cut") return; // what is still on its way was not heard
+    item.state = state;
     item.text = state === "forming" ? item.text + text : text;
     this.emit("change", item);
   }
@@ -244,8 +250,10 @@ export class Conversation extends EventTarget {
   }
 
   "response.output_audio.delta"({ item_id, delta }) {
+    const item = this.item(item_id, "assistant");
+    if (item.state === "cut") return;
     this.speaking = item_id;
-    this.emit("sound", { item: this.item(item_id, "assistant"), delta });
+    this.emit("sound", { item, delta });
   }
 
   "response.done"({ response }) {

@@ -46,6 +46,7 @@ export class Sound {
   constructor() {
     this.onpiece = () => {}; // ({samples, level}) of the microphone, every 40 ms
     this.onplay = () => {}; // what player-worklet.js reports
+    this.stopping = []; // who waits to know how much had been played
     this.context = null;
     this.microphone = null; // MediaStream while it is open
   }
@@ -60,7 +61,7 @@ export class Sound {
     await Promise.all(["capture-worklet.js", "player-worklet.js"].map((n) => this.context.audioWorklet.addModule(place(n))));
     const about = { processorOptions: { rate: RATE } };
     this.player = new AudioWorkletNode(this.context, "player", { ...about, numberOfInputs: 0, outputChannelCount: [1] });
-    this.player.port.onmessage = ({ data }) => this.onplay(data);
+    this.player.port.onmessage = ({ data }) => ("stopped" in data ? this.stopping.shift()?.(data.playedMs) : this.onplay(data));
     this.heard = this.analyser();
     this.said = this.analyser();
     this.player.connect(this.said).connect(this.context.destination);
@@ -98,8 +99,11 @@ export class Sound {
     this.player?.port.postMessage({ samples, item }, [samples.buffer]);
   }
 
+  /** Silence at once; how many ms of the answer had been played by then. */
   stop() {
-    this.player?.port.postMessage({ clear: true });
+    if (!this.player) return Promise.resolve(0);
+    this.player.port.postMessage({ clear: true });
+    return new Promise((resolve) => this.stopping.push(resolve));
   }
 
   /** A sound file -> mono samples at `RATE`. */

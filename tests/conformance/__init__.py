@@ -1,0 +1,1 @@
+"""Stock clients of OpenAI's protocols, unmodified, against a running server; `make conformance` runs them."""

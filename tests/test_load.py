@@ -1,0 +1,93 @@
+"""A server in a process of its own under load, in real time, for minutes: `make load`, alone on the machine.
+
+That packets are in time is what is promised here, so it is asserted, for as many as two cores keep.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from antiphon.audio import read_audio
+from antiphon.bench.figures import IN_TIME, TITLES, Run, cells, heading, line
+from antiphon.bench.load import Load
+from antiphon.bench.wire import Server, run
+from tests.serving import until
+
+pytestmark = pytest.mark.load
+
+SECONDS = float(os.environ.get("ANTIPHON_LOAD_SECONDS", "300"))
+CAPACITY, CROWD = int(os.environ.get("ANTIPHON_LOAD_CONVERSATIONS", "8")), 50
+TURNS = 10  # of a conversation: most of a minute
+GROWTH = 32  # MB by which the process may grow in the second half of the time
+SERVE = "from antiphon.cli import main; main()"
+QUESTIONS = [read_audio(Path(__file__).parent.parent / "examples" / "question.wav")]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`antiphon serve tiny`, whose log has no error at the end."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("load") / "serve.log"
+    words = ("serve", "tiny", "--port", port, "--conversations", CAPACITY, "--sessions", CROWD)
+    with log.open("w") as file:
+        process = subprocess.Popen([sys.executable, "-c", SERVE, *map(str, words)], stderr=file)
+    try:
+        with httpx2.Client(base_url=f"http://127.0.0.1:{port}") as http:
+            until(lambda: process.poll() is not None or answers(http), 120)
+        yield Server(f"ws://127.0.0.1:{port}", "tiny")
+    finally:
+        process.terminate()
+        assert process.wait(30) in (0, -signal.SIGTERM), log.read_text()[-2000:]
+    lines = [json.loads(text) for text in log.read_text().splitlines() if text.startswith("{")]
+    assert [one for one in lines if one["level"] == "error"] == []
+
+
+def answers(http: httpx2.Client) -> bool:
+    try:
+        return http.get("/health").status_code == 200
+    except httpx2.TransportError:
+        return False
+
+
+def held(server: Server, load: Load) -> Run:
+    (one,) = run(server, QUESTIONS, [load])
+    print("\n" + line(cells(one.figures)), end="", flush=True)
+    return one
+
+
+def in_time(one: Run) -> None:
+    """Nobody met an error, and no packet came when a player that holds back 80 ms had nothing left."""
+    late = [answer.late(IN_TIME) for answer in one.answers]
+    assert [answer.error for answer in one.answers if answer.error and not answer.refused] == []
+    assert sum(late) == 0, f"{sum(late)} of {one.figures['packets']} packets were late"
+    assert all(answer.packets for answer in one.answers if not answer.refused)
+
+
+def test_as_many_as_fit_are_kept_in_time_for_minutes_and_memory_stays_as_it_is(server):
+    print("\n" + heading(TITLES), end="")
+    begun, memory = time.monotonic(), list[float]()
+    while time.monotonic() - begun < SECONDS:
+        one = held(server, Load(CAPACITY, turns=TURNS))
+        in_time(one)
+        assert one.figures["answers"] == CAPACITY * TURNS
+        memory.append(one.figures["memory_mb"])
+    print(f"\nmemory after each round: {', '.join(f'{mb:.0f}' for mb in memory)} MB")
+    assert memory[-1] - memory[len(memory) // 2] < GROWTH
+
+
+def test_who_comes_while_it_is_full_is_refused_and_the_others_stay_in_time(server):
+    one = held(server, Load(CROWD, turns=2))
+    in_time(one)
+    assert one.figures["held"] == CAPACITY
+    assert one.figures["refused"] == CROWD - CAPACITY
+    assert held(server, Load(CAPACITY, turns=1)).figures["refused"] == 0, "a place was not given back"
