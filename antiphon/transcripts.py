@@ -23,6 +23,7 @@ from antiphon.generate import Done, Event, Omni, TextDelta
 LONGEST = 30.0  # seconds of a piece, unless the checkpoint's config.json says what it was trained on
 PAUSE = 0.2  # seconds whose loudness decides where to cut
 FASTEST, LEAST_TOKENS = 25, 16  # text tokens that a second of speech can be, and some for none: a loop ends there
+AGAIN = re.compile(r"(.{1,60}?)\1+$", re.DOTALL)
 LOOP = re.compile(r"(.{1,60}?)\1{6,}$", re.DOTALL)  # the same over and over: nobody says that, but models do
 PROMPTS = {"zh": "请将这段中文语音转换为纯文本。", "": "Transcribe the audio into text."}  # the release's own
 HEARD = tuple(
@@ -96,13 +97,25 @@ def written(events: Iterator[Event]) -> tuple[str, str]:
     for event in events:
         if isinstance(event, TextDelta):
             text += event.text
-            if circle := LOOP.search(text):
+            if (once := uncoiled(text)) is not None:
                 if isinstance(events, Generator):
                     events.close()
-                return text[: circle.start() + len(circle[1])].strip(), "loop"
+                return once.strip(), "loop"
         elif isinstance(event, Done):
             return event.reply.text.strip(), event.reply.finish
     return text.strip(), "stop"
+
+
+def uncoiled(text: str) -> str | None:
+    """The text with what it ends in over and over said once; None where it does not go round in circles."""
+    circle = LOOP.search(text)
+    return None if circle is None else text[: circle.start() + len(circle[1])]
+
+
+def certain(text: str) -> str:
+    """The text but for what it ends in twice or more: a circle may be beginning."""
+    circle = AGAIN.search(text)
+    return text if circle is None else text[: circle.start() + len(circle[1])]
 
 
 def most_tokens(seconds: float) -> int:

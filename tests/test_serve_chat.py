@@ -152,9 +152,9 @@ def test_a_call_can_be_required_and_named(server):
         return [(call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls]
 
     assert len(ask("required")) == 1
-    (name, arguments), *more = ask({"type": "function", "function": {"name": "set_light"}})
-    assert (name, more) == ("set_light", [])
-    assert {key: type(value) for key, value in arguments.items()} == {"room": str, "on": bool}
+    (name, arguments), *more = ask({"type": "function", "function": {"name": "set_timer"}})
+    assert (name, more) == ("set_timer", [])
+    assert {key: type(value) for key, value in arguments.items()} == {"minutes": int}
     with pytest.raises(openai.BadRequestError, match="no function 'other'"):
         ask({"type": "function", "function": {"name": "other"}})
     broken: Any = {"type": "function", "function": {"name": "f", "parameters": {"$ref": "#"}}}

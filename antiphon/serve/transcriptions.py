@@ -33,10 +33,12 @@ from antiphon.transcripts import (
     PROMPTS,
     Piece,
     Transcript,
+    certain,
     check_language,
     cut_at_pauses,
     longest_piece,
     most_tokens,
+    uncoiled,
 )
 
 FORMS = ("json", "text", "srt", "verbose_json", "vtt")
@@ -114,12 +116,15 @@ async def pieces(house: House, recording: Recording, written: Written, aside: bo
             await settled(call.append_clip(samples[start:stop], rate))
             await settled(call.append_text(PROMPTS.get(recording.language, PROMPTS[""])))
             answer = call.respond(audio=False, max_text_tokens=most_tokens((stop - start) / rate))
-            text, reply = "", None
+            text, circles, reply = "", False, None
             async with aclosing(house.events(answer)) as found:
                 async for event in found:
-                    if isinstance(event, TextDelta):
+                    if isinstance(event, TextDelta) and not circles:
                         text += event.text
-                        grown = _grown(written, Piece(start / rate, stop / rate, text.strip()))
+                        if (once := uncoiled(text)) is not None:
+                            text, circles = once, True
+                            call.cancel()
+                        grown = _grown(written, Piece(start / rate, stop / rate, certain(text).strip()))
                         if grown.startswith(before) and len(grown) > len(before):
                             yield grown[len(before) :]
                             before = grown
@@ -128,7 +133,10 @@ async def pieces(house: House, recording: Recording, written: Written, aside: bo
             assert reply is not None
             ids, audio = call.session.ids, house.model.config.audio_token_id
             heard = ids.count(audio)
-            note_piece(written, Piece(start / rate, stop / rate, reply.text.strip()), heard, len(ids), reply)
+            text = text if circles else reply.text
+            note_piece(written, Piece(start / rate, stop / rate, text.strip()), heard, len(ids), reply)
+            if (grown := written.text()).startswith(before) and len(grown) > len(before):
+                yield grown[len(before) :]
 
 
 def note_piece(written: Written, piece: Piece, heard: int, read: int, reply: Reply) -> None:
