@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 
@@ -23,8 +24,8 @@ from antiphon.generate import Done, Event, Omni, TextDelta
 LONGEST = 30.0  # seconds of a piece, unless the checkpoint's config.json says what it was trained on
 PAUSE = 0.2  # seconds whose loudness decides where to cut
 FASTEST, LEAST_TOKENS = 25, 16  # text tokens that a second of speech can be, and some for none: a loop ends there
-AGAIN = re.compile(r"(.{1,60}?)\1+$", re.DOTALL)
-LOOP = re.compile(r"(.{1,60}?)\1{6,}$", re.DOTALL)  # the same over and over: nobody says that, but models do
+ROUND = 60  # characters that a transcript which goes round in circles repeats, at most
+LOOP = re.compile(rf"(.{{1,{ROUND}}}?)\1{{6,}}$", re.DOTALL)  # the same over and over: nobody says that, but models do
 PROMPTS = {"zh": "请将这段中文语音转换为纯文本。", "": "Transcribe the audio into text."}  # the release's own
 HEARD = tuple(
     ["ar", "de", "en", "es", "fr", "id", "it", "ja", "ko", "ms", "nl", "pt", "ru", "th", "tr", "ur", "vi", "yue", "zh"]
@@ -113,9 +114,10 @@ def uncoiled(text: str) -> str | None:
 
 
 def certain(text: str) -> str:
-    """The text but for what it ends in twice or more: a circle may be beginning."""
-    circle = AGAIN.search(text)
-    return text if circle is None else text[: circle.start() + len(circle[1])]
+    """The text but for an end that repeats what stands before it: a circle may be beginning."""
+    back = text[::-1]
+    alike = ((a == b for a, b in zip(back, back[period:], strict=False)) for period in range(1, ROUND + 1))
+    return text[: len(text) - max(sum(takewhile(bool, same)) for same in alike)]
 
 
 def most_tokens(seconds: float) -> int:

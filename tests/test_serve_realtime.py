@@ -23,8 +23,10 @@ from antiphon.engine.call import Turn
 from antiphon.engine.lanes import Speaking
 from antiphon.errors import InputError
 from antiphon.generate import Omni, collect
+from antiphon.serve.cutting import PATIENCE
 from antiphon.serve.settings import Settings
 from antiphon.serve.sounds import WireOut, from_wire
+from antiphon.serve.speaker import Playback
 from antiphon.serve.talk import Talk
 from antiphon.train.dialog import TOOLS
 from antiphon.transcripts import transcribe
@@ -298,6 +300,24 @@ def test_a_limit_leaves_an_answer_incomplete(server, monkeypatch):
         done = c.last("response.done")["response"]
         assert (done["status"], done["status_details"]["reason"]) == ("incomplete", "max_output_tokens")
         assert done["usage"]["output_token_details"]["audio_tokens"] == 7
+
+
+def test_a_client_that_says_late_what_was_heard_is_told_what_was_kept(server, monkeypatch):
+    """After the cut by our clock there is less of the answer than it knows of."""
+    make_talkative(monkeypatch)
+    monkeypatch.setattr(Playback, "heard", 0.08)
+    with line(server) as c:
+        c.say("What is three plus four?")
+        c.until("conversation.item.done")
+        c.send("response.create")
+        item = c.last("response.output_item.added")["item"]["id"]
+        for _ in range(6):  # 480 ms
+            c.until("response.output_audio.delta")
+        c.append(np.concatenate([quiet(0.3), at_24k(EXAMPLES / "question.wav")[:30000]]), 20)
+        c.until("response.done")
+        time.sleep(PATIENCE + 0.3)
+        c.send("conversation.item.truncate", item_id=item, content_index=0, audio_end_ms=400)
+        assert c.last("conversation.item.truncated")["audio_end_ms"] == 80
 
 
 def test_cuts_outside_the_answer_are_refused(server):
@@ -780,9 +800,6 @@ def test_a_message_beyond_the_limit_ends_its_connection_and_the_session_can_be_t
         assert other.last("conversation.item.done")
 
 
-@pytest.mark.xfail(
-    reason="the rooms of a conversation refer to each other; the collector finds them later", strict=False
-)
 def test_the_caches_of_sessions_that_have_ended_are_gone_without_the_collector(server, monkeypatch):
     held, begin = WeakSet[Call](), Call.__init__
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from antiphon.errors import AudioError, InputError
-from antiphon.transcripts import FORMATS, Piece, Transcript, clock, cut_at_pauses, transcribe
+from antiphon.transcripts import FORMATS, Piece, Transcript, certain, clock, cut_at_pauses, transcribe, uncoiled
 from tests.models import omni, script, sound
 
 RATE = 16000
@@ -82,6 +82,20 @@ def test_a_transcript_that_goes_round_in_circles_ends_there(
     assert heard.finish == ("loop" if kept != said else "stop")
     script(monkeypatch, model, "fine")
     assert transcribe(model, bursts([0]), RATE).text == "fine", "the next is heard as ever"
+
+
+@pytest.mark.parametrize("said", ["abba" + "ab" * 9, "on the " + "cat, " * 9, "aaa b" * 8, "no no, not at all"])
+def test_what_is_certain_stands_when_a_circle_is_found(said: str) -> None:
+    given, text = "", ""
+    for letter in said:
+        once = uncoiled(text := text + letter)
+        sure = certain(once or text)
+        given = sure if len(sure) > len(given) else given
+        assert (once or text).startswith(given)
+        if once is not None:
+            return
+    assert said == "no no, not at all"
+    assert len(given) > len(said) / 2
 
 
 def test_what_cannot_be_transcribed() -> None:

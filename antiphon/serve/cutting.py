@@ -39,6 +39,7 @@ class Cutting:
     def __init__(self, history: History, answers: Answers, done: Callable[[], None]) -> None:
         self.history, self.answers, self.done = history, answers, done
         self._cut: Cut | None = None
+        self._whole: tuple[Item, int] | None = None  # what was cut last by our clock, and ms of sound that it had
         self._cutting: asyncio.Task[None] | None = None
 
     @property
@@ -63,7 +64,9 @@ class Cutting:
         with suppress(TimeoutError):
             await asyncio.wait_for(cut.told.wait(), PATIENCE)
         await self.answers.until_over()
-        await self.history.cut(cut.item, min(cut.ms, round(1000 * cut.item.parts[0].seconds)))
+        whole = cut.item.parts[0].ms
+        self._whole = cut.item, whole
+        await self.history.cut(cut.item, min(cut.ms, whole))
         self._cut, self.answers.playback.item = None, None
         self.done()
 
@@ -74,7 +77,7 @@ class Cutting:
             await self._cutting
 
     async def truncate(self, id: str, ms: int) -> None:
-        """Cut an answer to what was heard of it, says the client.
+        """Cut an answer to what was heard of it, says the client; if that comes late, what we cut already stays cut.
 
         Raises:
             Refused: no such answer, or it is shorter.
@@ -85,12 +88,13 @@ class Cutting:
         if answer is not None and item in answer.items:
             self.answers.stop("client_cancelled")
             await self.answers.until_over()
-        most = round(1000 * item.parts[0].seconds)
+        left = item.parts[0].ms
+        most = self._whole[1] if self._whole is not None and self._whole[0] is item else left
         if not 0 <= ms <= most:
             raise Refused(f"{id} has {most} ms of sound", code="invalid_value", param="audio_end_ms")
         if self._cut is not None and self._cut.item is item:
             self._cut.ms = ms
             await self.finish()
-        else:
+        elif ms < left:
             await self.history.cut(item, ms)
-        await self.history.happened(Truncated(id, ms))
+        await self.history.happened(Truncated(id, min(ms, left)))

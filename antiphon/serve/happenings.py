@@ -50,6 +50,11 @@ class Part:
         return len(self.sound or b"") / 2 / self.rate if self.rate else 0.0
 
     @property
+    def ms(self) -> int:
+        """Of sound."""
+        return round(1000 * self.seconds)
+
+    @property
     def samples(self) -> Samples:
         """Of the sound [N]."""
         return np.frombuffer(bytes(self.sound or b""), "<i2").astype(np.float32) / np.float32(1 << 15)

@@ -300,3 +300,4 @@ class Talk:
         self.background.cancel()
         self.answers.close()
         self.history.call.close()
+        del self.answers, self.cutting  # they call back: the caches would stay until the collector comes by
