@@ -26,6 +26,7 @@ from antiphon.files import read_metadata, read_safetensors, write_safetensors
 from antiphon.generate import Omni, load
 from antiphon.weights import check_device, open_checkpoint, released_names
 
+LEAD = 4  # times a stage's tolerance, which is of its mean: two scores, and the worst of hundreds of choices
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -72,8 +73,8 @@ def compare(
 
 def _difference(stage: str, a: Tensor, b: Tensor, dtype: torch.dtype, choices: Choices | None) -> Difference:
     shape = tuple(a.shape)
-    if choices is not None:  # two scores, each within tolerance
-        tolerance = 2 * TOLERANCES[dtype]
+    if choices is not None:
+        tolerance = LEAD * TOLERANCES[dtype]
         return Difference(stage, shape, choices.gap, tolerance, parted=choices.parted, choices=choices.made)
     if not a.is_floating_point():
         return Difference(stage, shape, float((a != b).double().mean()) if a.numel() else 0.0, 0.0)
