@@ -1,7 +1,7 @@
 """`antiphon serve` with tiny as a process of its own, and three spoken questions.
 
 What tiny says is not known here, and it changes with its weights. So words are held against those that the same
-server gives for the same sound on another path: chat completions and transcriptions.
+server gives for the same sound on another path.
 """
 
 import base64
@@ -56,10 +56,6 @@ class Server:
     def heard(self, pcm: bytes) -> str:
         """What /v1/audio/transcriptions writes down."""
         return self.client().audio.transcriptions.create(model="tiny", file=("a.wav", wav(pcm))).text
-
-    def answered(self, *messages: Any, **how: Any) -> Any:
-        """The message that /v1/chat/completions answers with."""
-        return self.client().chat.completions.create(model="tiny", messages=messages, **how).choices[0].message
 
 
 def wav(pcm: bytes) -> bytes:
