@@ -24,7 +24,7 @@ import torch
 from antiphon.audio import Samples, write_audio
 from antiphon.errors import ConfigError
 from antiphon.train import dialog, espeak, music, noises
-from antiphon.train.augment import augment
+from antiphon.train.augment import Augment, augment
 from antiphon.train.data import PACE, resample
 from antiphon.train.dialog import DIALOG_LANGUAGES, dialog_at, dialog_vocabulary, find_dialogs
 from antiphon.train.dialog import KINDS as KINDS_OF_DIALOG
@@ -48,6 +48,12 @@ SILENT = "silent"  # the voice of text alone
 PRESETS = "presets"  # the voices of a set
 DIGITS = (2, 6)  # how many are said, from the first to below the second
 LISTED = (4, 33)  # words in a list, likewise
+VARIANTS = {
+    "train": espeak.TRAIN_VARIANTS,
+    "many": espeak.TRAIN_VARIANTS + espeak.MORE_VARIANTS,
+    "held-out": espeak.HELD_OUT_VARIANTS,
+}
+SHIFT = Augment(1.0, *(0.0,) * 6, speed_factor=(0.85, 1.18))
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,8 @@ class Set:
     split: str = "train"  # of the world's sentences; timbres and sounds are "train" or "held-out" with the voices
     languages: tuple[str, ...] = ()
     dialogs: tuple[str, ...] = ()  # kinds of dialog; all by default
-    voices: str = "train"  # train, held-out, flite, or presets: the product's own
+    voices: str = "train"  # train, many, held-out, flite, or presets: the product's own
+    shifted: float = 0.0  # share of clips that are slower or faster, with pitch and formants: voices there are not
     augment: float = 0.0  # share of clips that are augmented
     rate: int = 16000
     silent: bool = False  # text alone: cuts without a recording, as long as it would take to say them
@@ -112,6 +119,8 @@ def _checked(value: Any, where: str, seed: int) -> Set:
         raise ConfigError(f"{where}.kind is {s.kind!r}; expected one of {', '.join(KINDS)}")
     if unknown := set(s.languages) - set(LANGUAGES):
         raise ConfigError(f"{where}: no language {', '.join(sorted(unknown))}; there are {', '.join(LANGUAGES)}")
+    if s.voices not in (known := (*VARIANTS, PRESETS, espeak.FLITE)):
+        raise ConfigError(f"{where}.voices is {s.voices!r}; expected one of {', '.join(known)}")
     if s.kind in ("speech", "over", "digits", "words") and not s.languages:
         raise ConfigError(f"{where}.languages is missing; name at least one")
     return replace(s, seed=seed + s.seed)
@@ -309,7 +318,9 @@ def make_clip(name: str, s: Set, index: int) -> Clip:
 
 
 def augmented(clip: Clip, s: Set, rng: np.random.Generator) -> Clip:
-    """The clip, or in a share of cases the clip as a room, a line or a network left it."""
+    """The clip; in a share of cases as another throat would say it, and as a room, a line or a network left it."""
+    if s.shifted and rng.random() < s.shifted:
+        clip = replace(clip, samples=augment(clip.samples, espeak.RATE, rng, SHIFT))
     if rng.random() >= s.augment:
         return clip
     samples = augment(clip.samples, espeak.RATE, rng)
@@ -338,7 +349,7 @@ def draw_voice(s: Set, rng: np.random.Generator) -> espeak.Voice | str:
         return SILENT
     if s.voices == espeak.FLITE:
         return espeak.FLITE_VOICES[int(rng.integers(len(espeak.FLITE_VOICES)))]
-    return espeak.draw_voice(rng, espeak.HELD_OUT_VARIANTS if s.voices == "held-out" else espeak.TRAIN_VARIANTS)
+    return espeak.draw_voice(rng, VARIANTS[s.voices])
 
 
 def spoken(sentence: Sentence, voice: espeak.Voice | str, speaker: str | None = None) -> Clip:

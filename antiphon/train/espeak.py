@@ -86,6 +86,34 @@ TRAIN_VARIANTS = (
     "belinda",
     "steph",
 )
+# more of them, for the ear alone: as far from those of the tests as the others are
+MORE_VARIANTS = (
+    "m5",
+    "m6",
+    "Andy",
+    "Diogo",
+    "Henrique",
+    "Hugo",
+    "Jacky",
+    "Marco",
+    "RicishayMax2",
+    "boris",
+    "ed",
+    "grandpa",
+    "iven2",
+    "iven3",
+    "marcelo",
+    "michel",
+    "miguel",
+    "norbert",
+    "pablo",
+    "pedro",
+    "sandro",
+    "anika",
+    "grandma",
+    "linda",
+    "shelby",
+)
 HELD_OUT_VARIANTS = ("Lee", "Michael", "quincy", "f5", "Alicia", "Andrea")  # three men, three women; for tests only
 
 

@@ -11,6 +11,7 @@ tests.
     valid     templates of training, fillings of validation
     sentence  templates of training, fillings of the tests
     template  templates that training never uses, fillings of the tests
+    mixed     pieces of training's templates, in an order that no template has, fillings of training
 """
 
 from __future__ import annotations
@@ -35,12 +36,13 @@ from num2words import num2words
 from antiphon.errors import InputError
 
 T = TypeVar("T")
-Split = Literal["train", "valid", "sentence", "template"]
-SPLITS: tuple[Split, ...] = ("train", "valid", "sentence", "template")
+Split = Literal["train", "valid", "sentence", "template", "mixed"]
+SPLITS: tuple[Split, ...] = ("train", "valid", "sentence", "template", "mixed")
 SHARES = 16  # of the fillings two belong to the tests and one to validation
 TRIES = 200  # this often in a row nothing new: the templates are exhausted and texts may repeat
 FOLDER = Path(__file__).parent
-SHARE: dict[Split, str] = {"train": "train", "valid": "valid", "sentence": "test", "template": "test"}
+SHARE: dict[Split, str] = {"train": "train", "valid": "valid", "sentence": "test", "template": "test", "mixed": "train"}
+PIECES, PIECE = 4, 4  # of a mixed line at most, and words of one
 SLOT = re.compile(r"\{([a-z_]+)(\d?)\}")
 WORD = re.compile(r"[^\s,:،、]+")
 
@@ -148,8 +150,25 @@ def sentence_at(language: str, split: Split, seed: int, at: int) -> Sentence:
 def _line_at(language: str, split: Split, seed: int, at: int) -> tuple[str, str]:
     """The template of a draw, and the template filled."""
     world, draw = load_world(language), Draw(f"{language}/{split}/{seed}/{at}")
+    if split == "mixed":
+        return "mixed", mixed(world, draw)
     name = draw.choose(world.templates_of(split))
     return name, fill(world.templates[name], world.lists, draw)
+
+
+def mixed(world: World, draw: Draw) -> str:
+    """A line of pieces of sentences: who only knows its sentences by their beginnings does not get through it.
+
+    A world of some thirty templates is soon known by heart, and then what is said in another form is heard as one of them.
+    """
+    pieces: list[str] = []
+    left = 1 + draw.below(PIECES)
+    while left > 0 or not words_of(" ".join(pieces)):  # a piece may be a dash
+        left -= 1
+        words = fill(world.templates[draw.choose(world.templates_of("train"))], world.lists, draw).split()
+        start = draw.below(len(words))
+        pieces += words[start : start + 1 + draw.below(PIECE)]
+    return " ".join(pieces).rstrip(",،、: ")
 
 
 def vocabulary(language: str, split: Split | None = None) -> list[str]:
