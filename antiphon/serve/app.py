@@ -24,7 +24,9 @@ from antiphon.engine import Engine
 from antiphon.serve.chat import chat
 from antiphon.serve.gate import Gate
 from antiphon.serve.house import House, house_of
+from antiphon.serve.kept import Shelves
 from antiphon.serve.logs import note
+from antiphon.serve.meters import summed
 from antiphon.serve.openapi import document, page
 from antiphon.serve.realtime import Lobby, realtime
 from antiphon.serve.refusals import Refused
@@ -35,9 +37,12 @@ from antiphon.serve.transcriptions import transcriptions
 PAGE = Path(__file__).parent / "page"
 
 
-def create_app(settings: Settings, prepare: Callable[[], Engine]) -> Starlette:
-    """The server; `prepare` makes the engine, started and warm, while /health already answers 503."""
-    house = House(settings, prepare)
+def create_app(settings: Settings, prepare: Callable[[], Engine], shelves: Shelves | None = None) -> Starlette:
+    """The server; `prepare` makes the engine, started and warm, while /health already answers 503.
+
+    `shelves` are what it keeps things on, where other processes share them.
+    """
+    house = House(settings, prepare, shelves or Shelves())
 
     @asynccontextmanager
     async def life(app: Starlette) -> AsyncIterator[None]:
@@ -81,8 +86,10 @@ async def health(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    """For Prometheus."""
-    return Response(house_of(request).meters.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    """For Prometheus: of all workers together."""
+    house = house_of(request)
+    others = [text for name, text in house.shelves.metrics.items() if name != house.settings.worker]
+    return Response(summed([house.meters.text(), *others]), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def models(request: Request) -> Response:

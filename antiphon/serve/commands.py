@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,6 +40,9 @@ def serve(
         int, typer.Option(min=0, help="At once; more are refused. 0 measures what the machine keeps in time.")
     ] = 0,
     sessions: Annotated[int, typer.Option(min=1, help="Realtime sessions of one key at once.")] = 8,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes, each with an engine and as many conversations; SIGHUP renews them.")
+    ] = 1,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = Dtype.auto,
 ) -> None:
@@ -54,17 +60,29 @@ def serve(
         origins=tuple(origin or ()),
         sessions=sessions,
     )
+    if workers == 1:
+        prepare = loaded(model, device, dtype)
+        run(settings, port, lambda: prepare(settings, conversations))
+        return
+    if not hasattr(socket, "send_fds"):
+        raise InputError("--workers needs Linux or macOS; leave it at 1 here")
+    from antiphon.serve.workers import run_workers
+
+    run_workers(settings, port, partial(loaded, model, device, dtype), workers, conversations)
+
+
+def loaded(model: str, device: str, dtype: Dtype) -> Callable[[Settings, int], Engine]:
+    """The weights, in a function that makes an engine of them."""
     torch.set_num_threads(1)  # each lane is a thread, and small products gain nothing from more
-    omni = load_model(model, device, dtype)
-    run(settings, port, lambda: prepared(omni, conversations, settings))
+    return partial(prepared, load_model(model, device, dtype))
 
 
-def prepared(model: Omni, conversations: int, settings: Settings) -> Engine:
-    """An engine that has been warmed and started."""
+def prepared(model: Omni, settings: Settings, conversations: int) -> Engine:
+    """An engine that has been warmed and started; 0 conversations: as many as the machine keeps in time."""
     engine = Engine(model, conversations or None)
     if conversations:
         engine.warm(conversations)
     else:
         engine.measure(MOST)
-    say.print(f"{settings.name} holds {engine.capacity} conversations at once")
+    say.print(f"{settings.worker or settings.name} holds {engine.capacity} conversations at once")
     return engine.start()

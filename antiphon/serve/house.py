@@ -14,7 +14,7 @@ from starlette.requests import HTTPConnection, Request
 
 from antiphon.engine import Answering, Call, Engine, Failed
 from antiphon.generate import Done, Event, Omni, Reply
-from antiphon.serve.kept import Remembered, Voices
+from antiphon.serve.kept import Remembered, Shelves, Voices
 from antiphon.serve.meters import Listening, Meters
 from antiphon.serve.refusals import Refused
 from antiphon.serve.settings import Settings
@@ -26,10 +26,11 @@ DECODERS = 2  # uploads that are decoded at once
 class House:
     """The engine and what is kept beside it."""
 
-    def __init__(self, settings: Settings, prepare: Callable[[], Engine]) -> None:
-        self.settings, self._prepare = settings, prepare
+    def __init__(self, settings: Settings, prepare: Callable[[], Engine], shelves: Shelves) -> None:
+        self.settings, self._prepare, self.shelves = settings, prepare, shelves
         self.meters, self.began = Meters(), int(time.time())
-        self.voices, self.replies = Voices(settings.voices), Remembered(settings.replies, settings.replies_seconds)
+        self.voices = Voices(settings.voices, shelves.voices)
+        self.replies = Remembered(settings.replies, settings.replies_seconds, shelves.replies)
         self.decoders = asyncio.Semaphore(DECODERS)
         self.stopping = False
         self.endings = set[Callable[[], None]]()  # of Realtime sessions: asks one to come to an end
@@ -65,7 +66,15 @@ class House:
     async def warm(self) -> None:
         """Load and warm the engine, in a thread of its own."""
         self._engine = await asyncio.to_thread(self._prepare)
-        self.meters.conversations.set_function(lambda: sum(not call.is_aside for call in self.engine.calls))
+        self.meters.conversations.set_function(self._held)
+
+    def _held(self) -> int:
+        return sum(not call.is_aside for call in self.engine.calls)
+
+    @property
+    def free(self) -> int:
+        """Conversations that there is room for; -1 while it cannot answer at all."""
+        return (self.engine.capacity or 0) - self._held() if self.is_warm else -1
 
     async def drain(self) -> None:
         """Take nobody in any more, and let Realtime sessions finish what they say."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
 
 from antiphon.generate import AudioDelta, Done, Event, TextDelta
 
@@ -35,6 +38,40 @@ class Meters:
     def text(self) -> bytes:
         """All of it, as Prometheus reads it."""
         return generate_latest(self.registry)
+
+
+def summed(texts: Sequence[bytes]) -> bytes:
+    """What several processes have counted, as if one had; times of day are those of the youngest."""
+    if len(texts) == 1:
+        return texts[0]
+    registry = CollectorRegistry()
+    registry.register(_Sum(texts))  # pyright: ignore[reportArgumentType]
+    return generate_latest(registry)
+
+
+class _Sum:
+    """A collector of what is written in `texts`."""
+
+    def __init__(self, texts: Sequence[bytes]) -> None:
+        self.texts = texts
+
+    def collect(self) -> Iterator[Metric]:
+        """Every family once."""
+        families: dict[str, Metric] = {}
+        values: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {}
+        for text in self.texts:
+            for family in text_string_to_metric_families(text.decode()):
+                families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                known = values.setdefault(family.name, {})
+                for sample in family.samples:
+                    key = sample.name, tuple(sample.labels.items())
+                    is_time = sample.name.endswith(("_created", "_start_time_seconds"))
+                    before = known.get(key, 0.0)
+                    known[key] = max(before, sample.value) if is_time else before + sample.value
+        for name, family in families.items():
+            for (sample, labels), value in values[name].items():
+                family.add_sample(sample, dict(labels), value)
+            yield family
 
 
 class Listening:

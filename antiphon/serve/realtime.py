@@ -3,7 +3,9 @@
     client ──event──> Session.read ──> Talk ──Happening──> Scribe ──event──> outbox ──> client
 
 A session outlives its connection for a minute: `session.id` and the token in `session.antiphon` let a client come back
-to it (?session_id=…&resume_token=…), and what was not sent until then is sent.
+to it (?session_id=…&resume_token=…), and what was not sent until then is sent. Where several processes serve, it
+outlives the one that held it too: another takes it up as it was after its last turn, and begins with session.created
+again.
 """
 
 from __future__ import annotations
@@ -27,8 +29,21 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from antiphon.engine.engine import LIVE_WINDOW
 from antiphon.errors import BusyError
 from antiphon.serve.background import Background
-from antiphon.serve.happenings import Answer, AnswerEnded, Happening, Manner, NotHeard, Problem
+from antiphon.serve.happenings import (
+    Added,
+    Answer,
+    AnswerEnded,
+    Deleted,
+    Finished,
+    Happening,
+    Heard,
+    Manner,
+    NotHeard,
+    Problem,
+    Truncated,
+)
 from antiphon.serve.house import House, house_of
+from antiphon.serve.kept import Saved
 from antiphon.serve.logs import note
 from antiphon.serve.manners import Config, first_config, for_answer, manner_of, merged
 from antiphon.serve.refusals import Refused, refusal
@@ -50,15 +65,23 @@ KINDS: Mapping[str, type[BaseModel]] = {
 class Session:
     """One client's session, whichever connection it comes by."""
 
-    def __init__(self, house: House, who: str, model: str, kind: str) -> None:
-        self.house, self.who = house, who
-        self.id, self.token = new_id("sess"), secrets.token_urlsafe(24)
-        self.config: Config = first_config(house, self.id, model, kind)
-        self.scribe = Scribe(new_id("conv"))
+    def __init__(self, house: House, id: str, saved: Saved) -> None:
+        self.house, self.id = house, id
+        self.who, self.token = saved.who, saved.token
+        self.config: Config = {**saved.config}
+        self.scribe = Scribe(saved.conversation)
         self.outbox = asyncio.Queue[str](OUTBOX)
         self.ending = asyncio.Event()  # the server is being stopped
         self.lost_at: float | None = None  # when its connection went
         self._talk: Talk | None = None
+
+    @classmethod
+    def new(cls, house: House, who: str, model: str, kind: str) -> Session:
+        """A session in which nothing was said."""
+        worker = house.settings.worker
+        id = new_id(f"sess_{worker}" if worker else "sess")
+        config = first_config(house, id, model, kind)
+        return cls(house, id, Saved(who, secrets.token_urlsafe(24), config, new_id("conv"), worker))
 
     @property
     def talk(self) -> Talk:
@@ -76,6 +99,16 @@ class Session:
         call = await asyncio.to_thread(lambda: self.house.engine.open(window=LIVE_WINDOW))
         self._talk = Talk(self.house, call, manner, self._happened)
         self.house.endings.add(self.ending.set)
+        await self.keep()
+
+    async def keep(self, changed: str | None = None) -> None:
+        """Let others know how it stands, an item that is new or has changed included."""
+        if self.house.shelves.sessions is not None and self._talk is not None:
+            items, worker = self._talk.history.items, self.house.settings.worker
+            said = tuple(item.id for item in items)
+            saved = Saved(self.who, self.token, self.config, self.scribe.conversation, worker, said)
+            news = [item for item in items if item.id == changed]
+            await asyncio.to_thread(self.house.shelves.keep, self.id, saved, *news)
 
     async def begin(self) -> None:
         """Tell the client where it is."""
@@ -99,6 +132,15 @@ class Session:
         self._note(happening)
         for event in self.scribe.write(happening):
             await self.send(event)
+        match happening:
+            case Added(item, done=True) | Finished(item):
+                await self.keep(item.id)
+            case Heard(id) | Truncated(id):
+                await self.keep(id)
+            case Deleted():
+                await self.keep()
+            case _:
+                pass
 
     def _note(self, happening: Happening) -> None:
         """What failed by an error that nobody foresaw belongs into the log too."""
@@ -178,6 +220,7 @@ class Session:
         manner = manner_of(self.house, self.who, config)
         self.config = config
         await self.talk.configure(manner)
+        await self.keep()
         await self.send(self._about(wire.SessionUpdatedEvent, "session.updated"))
 
     async def _respond(self, wanted: Mapping[str, Any], items: Any) -> None:
@@ -223,9 +266,12 @@ class Lobby:
             Refused, BusyError: this key has as many as it may, or the engine has.
         """
         most = self.house.settings.sessions
-        if sum(session.who == who for session in self.sessions.values()) >= most and not self._let_go(who):
+        own = sum(session.who == who for session in self.sessions.values())
+        if max(own, self.house.shelves.sessions_of(who)) >= most and not self._let_go(who):
             raise Refused(f"there are {most} sessions of this key; close one first", 429, "too_many_sessions")
-        session = Session(self.house, who, model, kind)
+        return await self._open(Session.new(self.house, who, model, kind))
+
+    async def _open(self, session: Session) -> Session:
         try:
             await session.open()
         except BusyError:
@@ -236,23 +282,41 @@ class Lobby:
         self.sessions[session.id] = session
         return session
 
-    def come_back(self, who: str, id: str, token: str) -> Session:
-        """A session whose connection was lost.
+    async def come_back(self, who: str, id: str, token: str) -> Session:
+        """A session whose connection was lost, or the process that held it.
 
         Raises:
             Refused: there is none, or not any more.
+            BusyError: it was held elsewhere, and there is no place for it here.
         """
         session = self.sessions.get(id)
-        known = session is not None and session.who == who and hmac.compare_digest(session.token, token)
-        if session is None or not known or session.lost_at is None:
-            raise Refused("there is no session to come back to", 404, "session_not_found", "session_id")
+        if session is None:
+            return await self._take_up(who, id, token)
+        if session.who != who or not hmac.compare_digest(session.token, token) or session.lost_at is None:
+            raise _gone()
         session.lost_at = None
         return session
 
+    async def _take_up(self, who: str, id: str, token: str) -> Session:
+        """A session as another process has left it: it is told what was said before it is answered next."""
+        shelves = self.house.shelves
+        saved = await asyncio.to_thread(shelves.find, id, who, token)
+        if saved is None:
+            raise _gone()
+        said = await asyncio.to_thread(shelves.said_in, id, saved)
+        session = await self._open(Session(self.house, id, saved))
+        session.talk.history.items[:] = said
+        session.talk.history.changed()
+        await session.keep()
+        await session.begin()
+        return session
+
     def leave(self, session: Session) -> None:
-        """End a session."""
+        """End a session; while the server is being stopped, others may still take it up."""
         if self.sessions.pop(session.id, None) is not None:
             session.close()
+            if not self.house.stopping:
+                self.house.shelves.forget(session.id, self.house.settings.worker)
 
     def lose(self, session: Session) -> None:
         """Keep a session for its client to come back to, for a while."""
@@ -273,6 +337,10 @@ class Lobby:
         return False
 
 
+def _gone() -> Refused:
+    return Refused("there is no session to come back to", 404, "session_not_found", "session_id")
+
+
 async def _report(error: Exception) -> None:
     note("failed", level=logging.ERROR, error=error)
 
@@ -282,7 +350,7 @@ async def realtime(socket: WebSocket) -> None:
     house, asked, who = house_of(socket), socket.query_params, socket.state.who
     lobby: Lobby = socket.app.state.lobby
     if "session_id" in asked:
-        session = lobby.come_back(who, asked["session_id"], asked.get("resume_token", ""))
+        session = await lobby.come_back(who, asked["session_id"], asked.get("resume_token", ""))
     else:
         kind = "transcription" if asked.get("intent") == "transcription" else "realtime"
         session = await lobby.enter(who, house.check_model(asked.get("model")), kind)

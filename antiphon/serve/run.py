@@ -9,6 +9,7 @@ from typing import Any
 
 import h11
 import uvicorn
+from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from antiphon.engine import Engine
@@ -31,7 +32,8 @@ class Server(uvicorn.Server):
         """Listen, and say where."""
         await super().startup(sockets)
         places = [place.getsockname() for server in self.servers for place in server.sockets]
-        note("listening", places=[f"{host}:{port}" for host, port, *_ in places])
+        if places:
+            note("listening", places=[f"{host}:{port}" for host, port, *_ in places])
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finish sentences, then close."""
@@ -77,10 +79,10 @@ class Http(H11Protocol):
             self._slow = None
 
 
-def server_of(settings: Settings, port: int, prepare: Callable[[], Engine]) -> Server:
-    """A server that is ready to `run`."""
-    app = create_app(settings, prepare)
-    config = uvicorn.Config(
+def config_of(app: Starlette, port: int) -> uvicorn.Config:
+    """How uvicorn serves the application."""
+    settings: Settings = app.state.house.settings
+    return uvicorn.Config(
         app,
         host=settings.host,
         port=port,
@@ -96,7 +98,12 @@ def server_of(settings: Settings, port: int, prepare: Callable[[], Engine]) -> S
         timeout_graceful_shutdown=round(settings.stop_seconds),
         server_header=False,
     )
-    return Server(config, app.state.house)
+
+
+def server_of(settings: Settings, port: int, prepare: Callable[[], Engine]) -> Server:
+    """A server that is ready to `run`."""
+    app = create_app(settings, prepare)
+    return Server(config_of(app, port), app.state.house)
 
 
 def run(settings: Settings, port: int, prepare: Callable[[], Engine]) -> None:

@@ -39,6 +39,8 @@ class Settings:
     voices: int = 100  # uploaded ones
     replies: int = 1000  # spoken replies whose text is kept for who refers to them by id
     replies_seconds: float = 3600.0
+    worker: str = ""  # its name, where several processes serve
+    renew_seconds: float = 600.0  # that conversations of a worker which is being replaced may go on
 
     def __post_init__(self) -> None:
         if self.host not in LOOPBACK and not self.keys:
