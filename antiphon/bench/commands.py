@@ -7,7 +7,7 @@ import os
 import platform
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,10 +18,11 @@ import typer
 
 from antiphon.audio import Samples, read_audio
 from antiphon.bench.against import compare
+from antiphon.bench.costs import costs_of, turns_of
 from antiphon.bench.derailed import derailed
 from antiphon.bench.figures import TITLES, Run, cells, heading, kept, line, run, trace_of
 from antiphon.bench.floor import floor
-from antiphon.bench.load import Load, Question
+from antiphon.bench.load import Load, Question, voiced_samples
 from antiphon.bench.pictures import latency, moment
 from antiphon.bench.turns import nth_over_second
 from antiphon.engine import Engine
@@ -192,6 +193,7 @@ def bench(
         _about(account, random or model, omni)
         with _engine(account, omni, loads, capacity) as engine:
             account.take(run(engine, questions, loads), omni if read_back else None)
+            _keep_costs(account, omni, questions, window or LIVE_WINDOW)
             engine.capacity = None
             if nth_turn is not None:
                 account.keep(turns=nth_over_second(engine, questions[0], nth_turn, base, rounds))
@@ -294,6 +296,17 @@ def _engine(account: Account, model: Omni, loads: Sequence[Load], capacity: int 
     account.tell(f"kept in time, {'as given' if given else 'as measured'}: {capacity} conversations\n")
     with engine:
         yield engine
+
+
+def _keep_costs(account: Account, model: Omni, questions: Sequence[Question], window: int) -> None:
+    """What every kind of batch cost, and how much was said: `antiphon plan` reckons with it."""
+    work = [one for taken in account.runs for one in taken.work]
+    answers = [one for taken in account.runs for one in taken.answers]
+    if not any(one.reply for one in answers):
+        return
+    voiced = float(np.mean([voiced_samples(samples) / rate for samples, rate in questions]))
+    turns = turns_of(answers, work, voiced, window, float(model.config.audio.tokens(model.config.audio.mel.frame_rate)))
+    account.keep(costs={name: asdict(cost) for name, cost in costs_of(work).items()}, turns=asdict(turns))
 
 
 def _floor_told(least: dict[str, Any]) -> str:

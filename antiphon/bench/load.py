@@ -171,13 +171,18 @@ def ask(call: Conversation, question: Question, uploaded: bool) -> float:
     if uploaded:
         call.append_audio(samples, rate)
         return time.perf_counter()
-    voiced = len(samples) - int((np.abs(samples[::-1]) > AUDIBLE).argmax())
+    voiced = voiced_samples(samples)
     begun, piece = time.perf_counter(), round(PIECE * rate)
     for start in range(0, voiced, piece):  # what is silent after the last word is not waited for
         part = samples[start : min(start + piece, voiced)]
         sleep_until(begun + (start + len(part)) / rate)
         call.append_audio(part, rate)
     return time.perf_counter()
+
+
+def voiced_samples(samples: Samples) -> int:
+    """How many there are up to the last that can be heard."""
+    return len(samples) - int((np.abs(samples[::-1]) > AUDIBLE).argmax())
 
 
 def listen(call: Conversation, answer: Answered, load: Load, seed: int) -> None:

@@ -172,6 +172,7 @@ class Work(NamedTuple):
     start: float
     stop: float
     calls: tuple[str, ...]
+    positions: int = 0  # of prompts that were read in it
 
 
 class House(Protocol):

@@ -59,17 +59,19 @@ class Lane:
         self.memory = graph_memory(self.model.device)
 
     @contextmanager
-    def noting(self, name: str, calls: Iterable[Call]) -> Iterator[None]:
+    def noting(self, name: str, calls: Iterable[Call], positions: int = 0) -> Iterator[None]:
         """Note a batch in the timeline."""
-        start = self.house.now()
+        start, names = self.house.now(), tuple(call.name for call in calls)
         yield
-        self.house.noted(Work(self.name, name, start, self.house.now(), tuple(call.name for call in calls)))
+        self.house.noted(Work(self.name, name, start, self.house.now(), names, positions))
 
-    def together(self, name: str, calls: Sequence[Call], run: Callable[[Sequence[Call]], None]) -> bool:
+    def together(
+        self, name: str, calls: Sequence[Call], run: Callable[[Sequence[Call]], None], positions: int = 0
+    ) -> bool:
         """Run a batch; call by call if it raises, so that only whose fault it is fails. True if there was one."""
         if not calls:
             return False
-        with self.noting(name, calls):
+        with self.noting(name, calls, positions):
             caches = [cache for call in calls for cache in self.caches(call)]
             lengths = [cache.filled for cache in caches]
             try:
@@ -175,7 +177,9 @@ class Thinking(Lane):
             wished += [self.do(call) for call in listening]
         closed = [self.alone(call, self.close) for call in list(self.house.calls)]
         reads = self.batch()
-        self.together("thinker", [call for call in reads if len(reads[call])], lambda some: self.read(some, reads))
+        some = [call for call in reads if len(reads[call])]
+        prompts = sum(len(reads[call]) for call in some if call.reading)
+        self.together("thinker", some, lambda some: self.read(some, reads), prompts)
         self.together("draw", [call for call in reads if self.is_drawing(call)], self.draw)
         return bool(reads) or any(wished) or any(closed)
 
@@ -337,7 +341,9 @@ class Speaking(Lane):
         """What the Talker has to read along, then one frame of every answer that is due."""
         with self.house.speaking:
             reading = [call for call in self.house.calls if call.following]
-            read = self.together("talker", reading, self.follow)
+            read = self.together(
+                "talker", reading, self.follow, sum(len(call.following[0][0].mine) for call in reading)
+            )
             return self.together("frame", self.speaking(), self.frames) or read
 
     def follow(self, calls: Sequence[Call]) -> None:

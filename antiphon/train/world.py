@@ -159,7 +159,7 @@ def _line_at(language: str, split: Split, seed: int, at: int) -> tuple[str, str]
 def mixed(world: World, draw: Draw) -> str:
     """A line of pieces of sentences: who only knows its sentences by their beginnings does not get through it.
 
-    A world of some thirty templates is soon known by heart, and then what is said in another form is heard as one of them.
+    A world of some thirty templates is soon known by heart, and then what has another form is heard as one of them.
     """
     pieces: list[str] = []
     left = 1 + draw.below(PIECES)

@@ -1,0 +1,122 @@
+"""`antiphon plan`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from antiphon.bench.costs import Cost, Turns
+from antiphon.bench.figures import heading, line
+from antiphon.errors import InputError
+from antiphon.scale.plan import Capacity, Target, capacity, devices, predicted
+from antiphon.terminal import JsonOption, say
+
+BESIDE = ("first packet p50", "first packet p95", "RTF p50", "busy", "late at 80 ms")
+
+
+def plan(
+    measured: Annotated[Path, typer.Argument(help="What antiphon bench --out wrote on one such machine.")],
+    conversations: Annotated[
+        list[int] | None, typer.Option("--conversations", "-n", help="At the same time, on average; may be repeated.")
+    ] = None,
+    first_ms: Annotated[
+        float, typer.Option(min=1, help="Milliseconds until the first packet, for 95 of 100 answers.")
+    ] = 500.0,
+    late: Annotated[float, typer.Option(min=0, max=1, help="Share of packets that may be late by 80 ms.")] = 0.001,
+    refused: Annotated[
+        float, typer.Option(min=1e-9, max=1, help="Share of those who come that may be refused.")
+    ] = 0.001,
+    pause: Annotated[float, typer.Option(min=0, help="Seconds of silence before a question, on average.")] = 2.0,
+    price: Annotated[float, typer.Option(min=0, help="Of a machine, an hour.")] = 0.0,
+    check: Annotated[
+        Path | None, typer.Option(help="Another bench of that machine, whose closed loops are predicted and compared.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Reckon from measured unit costs how many machines so many conversations need, and what gives out first."""
+    bench = _read(measured)
+    costs = {name: Cost(**cost) for name, cost in bench["costs"].items()}
+    turns = Turns(**{**bench["turns"], **{name: tuple(bench["turns"][name]) for name in ("tokens", "frames")}})
+    found: dict[str, Any] = {"machine": bench["machine"]}
+    if check is not None:
+        found["checked"] = _check(costs, turns, _read(check), as_json)
+    else:
+        target = Target(first_ms, late, refused)
+        with say.status("simulating") as status:
+            held = capacity(costs, turns, target, pause, lambda count: status.update(f"simulating {count} at once"))
+        found |= {"each": held.conversations, "saturates": held.saturates, "lanes": held.figures["lanes"]}
+        found["plans"] = [_machines(n, held, target, price) for n in conversations or (100, 10_000, 1_000_000)]
+        if not as_json:
+            _tell(found, held, price)
+    if as_json:
+        print(json.dumps(found))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a bench wrote.
+
+    Raises:
+        InputError: it cannot be read, or has no costs in it.
+    """
+    try:
+        bench = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); give what antiphon bench --out wrote") from None
+    if not isinstance(bench, dict) or not {"costs", "turns", "loads"} <= bench.keys():
+        raise InputError(f"{path} has no costs in it; write it with antiphon bench MODEL -c 1 -c 8 --out FILE")
+    return bench
+
+
+def _machines(conversations: int, held: Capacity, target: Target, price: float) -> dict[str, Any]:
+    count = devices(conversations, held.conversations, target.refused)
+    return {
+        "conversations": conversations,
+        "machines": count,
+        "used": conversations / (count * held.conversations),
+        "price_a_minute": price * count / conversations / 60,
+    }
+
+
+def _tell(found: dict[str, Any], held: Capacity, price: float) -> None:
+    figures = held.figures
+    lanes = ", ".join(f"{name} {share:.0%}" for name, share in figures["lanes"].items())
+    first = "p50 {p50:.0f} and p95 {p95:.0f} ms".format(**figures["code_ms"])
+    print(f"{found['machine']}: {held.conversations} conversations each, first packet {first}; busy: {lanes}")
+    print(f"what gives out first: {held.saturates}\n")
+    print(heading(["conversations", "machines", "places used", *(["price a minute of one"] if price else [])]))
+    for one in found["plans"]:
+        cost = [f"{one['price_a_minute']:.6f}"] if price else []
+        print(line([f"{one['conversations']:,}", f"{one['machines']:,}", f"{one['used']:.0%}", *cost]))
+
+
+def _check(costs: dict[str, Cost], turns: Turns, bench: dict[str, Any], quiet: bool) -> list[dict[str, Any]]:
+    """Closed loops as they were measured beside what they should have come to."""
+    rows = []
+    if not quiet:
+        print(heading(["at once", *(f"{name}: predicted, measured" for name in BESIDE)]))
+    for seen in bench["loads"]:
+        if seen["conversations"] is None:
+            continue
+        guess = predicted(costs, turns, seen)
+        pairs = {name: (_figure(guess, name), _figure(seen, name)) for name in BESIDE}
+        rows.append({"conversations": seen["conversations"], **pairs})
+        if not quiet:
+            print(line([str(seen["conversations"]), *(f"{a:.3g}, {b:.3g}" for a, b in pairs.values())]))
+    return rows
+
+
+def _figure(figures: dict[str, Any], name: str) -> float:
+    match name:
+        case "first packet p50":
+            return figures["code_ms"]["p50"]
+        case "first packet p95":
+            return figures["code_ms"]["p95"]
+        case "RTF p50":
+            return figures["rtf"]["p50"]
+        case "busy":
+            return sum(figures["lanes"].values()) if "lanes" in figures else figures["busy"]
+        case _:
+            return figures["late"]["80 ms"]
