@@ -179,7 +179,7 @@ def read_options(house: House, body: Mapping[str, Any], who: str, audio: bool) -
         audio=audio,
         seed=body.get("seed") or 0,
         text=read_sampling(body),
-        **({} if most is None else {"max_text_tokens": most}),
+        **({} if most is None else {"max_text_tokens": most, "max_frames": most}),
     )
 
 

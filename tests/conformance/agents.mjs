@@ -1,9 +1,9 @@
 // @openai/agents' realtime session over WebSocket: node agents.mjs URL QUESTION.pcm ...
-// Speaks each question, hands free; the last one has to call the tool. Prints what it was sent, as JSON.
+// Speaks each question, hands free: the second into the answer to the first, and the last one has to call the tool.
+// Prints what it was sent, as JSON.
 
 import { readFileSync, writeFileSync } from "node:fs";
 import { createRequire } from "node:module";
-import { setTimeout as sleep } from "node:timers/promises";
 
 const { RealtimeAgent, RealtimeSession, tool } = createRequire(process.env.CLIENTS)("@openai/agents/realtime");
 const { z } = createRequire(process.env.CLIENTS)("zod");
@@ -40,7 +40,9 @@ session.transport.on("*", (event) => {
   waiting();
 });
 let samples = 0;
+let interruptions = 0;
 session.on("audio", (event) => (samples += event.data.byteLength / 2));
+session.on("audio_interrupted", () => (interruptions += 1));
 session.on("error", (error) => {
   console.error(error);
   process.exit(1);
@@ -64,22 +66,35 @@ const turn = (seen) => ({
 const HEARD = "conversation.item.input_audio_transcription.completed";
 
 await session.connect({ apiKey: "none", url });
-const turns = [];
-for (const [i, path] of questions.entries()) {
-  if (i === questions.length - 1) choose("required");
-  const sound = Buffer.concat([readFileSync(path), Buffer.alloc(48000)]);
+const PAUSE = Buffer.alloc(48000);
+function say(...sounds) {
+  const sound = Buffer.concat(sounds);
   for (let start = 0; start < sound.length; start += 1920) {
     const piece = sound.subarray(start, start + 1920);
     session.sendAudio(piece.buffer.slice(piece.byteOffset, piece.byteOffset + piece.length));
-    await sleep(40); // as a microphone gives it: what the user hears is told by the clock
   }
-  const told = turn(await until("response.done", HEARD));
-  session.transport.sendEvent({ type: "conversation.item.retrieve", item_id: told.item });
-  const retrieved = (await until("conversation.item.retrieved")).find((e) => e.type === "conversation.item.retrieved");
-  turns.push({ ...told, sound: retrieved.item.content[0].audio });
 }
+async function kept(told) {
+  session.transport.sendEvent({ type: "conversation.item.retrieve", item_id: told.item });
+  const isIt = (e) => e.type === "conversation.item.retrieved" && e.item.id === told.item;
+  let found; // the client itself asks for what was cut
+  while (!(found = (await until("conversation.item.retrieved")).find(isIt)));
+  return { ...told, sound: found.item.content[0].audio };
+}
+const sounds = questions.map((path) => readFileSync(path));
+const turns = [];
+say(sounds[0], PAUSE);
+const first = await until("response.output_audio.delta", HEARD);
+say(PAUSE.subarray(0, 12000), sounds[1]); // while it speaks
+const cut = (await until("conversation.item.truncated")).find((e) => e.type === "conversation.item.truncated");
+turns.push(await kept(turn(first)));
+say(PAUSE);
+turns.push(await kept(turn(await until("response.output_audio_transcript.done", "response.done", HEARD))));
+choose("required");
+say(sounds[2], PAUSE);
+turns.push(await kept(turn(await until("response.done", HEARD))));
 await until("response.done"); // what it says of the tool's result
 const last = events.filter((e) => e.type === "response.output_audio_transcript.done").at(-1)?.transcript;
-writeFileSync(1, JSON.stringify({ turns, asked, samples, last })); // all of it, before the process ends
+writeFileSync(1, JSON.stringify({ turns, asked, samples, last, cut: cut.item_id, interruptions })); // all of it, before the process ends
 session.close();
 process.exit(0);

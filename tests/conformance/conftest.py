@@ -5,6 +5,7 @@ server gives for the same sound on another path.
 """
 
 import base64
+import difflib
 import io
 import os
 import socket
@@ -14,7 +15,7 @@ import urllib.error
 import urllib.request
 import wave
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import soxr
 
 ROOT = Path(__file__).parents[2]
 RATE = 24000  # Hz, on the wire
+FRAME = 3840  # bytes of 80 ms there
 QUESTIONS = ("question", "question-zh", "question-de")
 TIMER: dict[str, Any] = {
     "name": "set_timer",
@@ -38,6 +40,9 @@ class Server:
     """A running server, on its plain paths."""
 
     host: str  # with its port
+    said: list[tuple[str, bytes]] = field(
+        default_factory=list
+    )  # whole answers that clients were given, and their sound
 
     @property
     def url(self) -> str:
@@ -56,6 +61,22 @@ class Server:
     def heard(self, pcm: bytes) -> str:
         """What /v1/audio/transcriptions writes down."""
         return self.client().audio.transcriptions.create(model="tiny", file=("a.wav", wav(pcm))).text
+
+
+def check_sounds(server: Server) -> None:
+    """What is heard in the sound of answers is more like their own text than like that of the others.
+
+    Tiny is not understood well, least of all by itself, so that no single word is certain; a mix-up of answers, noise
+    or silence would still show.
+    """
+    heard = [server.heard(sound) for _, sound in server.said]
+    alike = [[difflib.SequenceMatcher(None, one, text).ratio() for text, _ in server.said] for one in heard]
+    pairs = [
+        (i, k) for i, (one, _) in enumerate(server.said) for k, (other, _) in enumerate(server.said) if one != other
+    ]
+    own, others = np.mean([alike[i][i] for i, _ in pairs]), np.mean([alike[i][k] for i, k in pairs])
+    print(f"{len(heard)} answers read back: {own:.2f} like their own text, {others:.2f} like others'")
+    assert own > others
 
 
 def wav(pcm: bytes) -> bytes:
@@ -97,7 +118,9 @@ def server() -> Iterator[Server]:
     process = subprocess.Popen([*command, "--port", str(port), "--conversations", "4"])
     try:
         wait_for(process, f"http://127.0.0.1:{port}/health")
-        yield Server(f"127.0.0.1:{port}")
+        yield (made := Server(f"127.0.0.1:{port}"))
+        if made.said:
+            check_sounds(made)
     finally:
         process.terminate()
         process.wait(30)

@@ -1,4 +1,4 @@
-"""LiveKit's plugin for OpenAI's Realtime, hands free and without a room."""
+"""LiveKit's plugin for OpenAI's Realtime, hands free, interrupted while it speaks, and without a room."""
 
 import asyncio
 import base64
@@ -12,7 +12,7 @@ from livekit.plugins.openai import realtime
 from openai.types.realtime import AudioTranscription, ConversationItemRetrieveEvent
 from openai.types.realtime.realtime_audio_input_turn_detection import ServerVad
 
-from tests.conformance.conftest import RATE, Server
+from tests.conformance.conftest import FRAME, RATE, Server
 
 PAUSE = bytes(2 * RATE)
 PIECE = 2 * RATE // 25
@@ -24,23 +24,28 @@ async def set_timer(minutes: int) -> str:
     return "done"
 
 
-async def text_and_sound(generation: llm.GenerationCreatedEvent) -> tuple[str, int, list[llm.FunctionCall]]:
-    """The text of an answer, how many samples of sound it has, and what it calls."""
-    text, samples = "", 0
+async def text_and_sound(generation: llm.GenerationCreatedEvent) -> tuple[str, bytes, list[llm.FunctionCall]]:
+    """The text of an answer, its sound, and what it calls."""
+    text, sound = "", b""
     async for message in generation.message_stream:
         text += "".join([str(piece) async for piece in message.text_stream])
-        samples += sum([frame.samples_per_channel async for frame in message.audio_stream])
-    return text, samples, [call async for call in generation.function_stream]
+        sound += b"".join([bytes(frame.data) async for frame in message.audio_stream])
+    return text, sound, [call async for call in generation.function_stream]
 
 
 async def converse(server: Server, questions: list[bytes]) -> None:
     generations: asyncio.Queue[Any] = asyncio.Queue()
     heard: asyncio.Queue[Any] = asyncio.Queue()
     kept: asyncio.Queue[Any] = asyncio.Queue()
+    cut: asyncio.Queue[Any] = asyncio.Queue()
+    began: asyncio.Queue[Any] = asyncio.Queue()
     done: list[str] = []  # texts of answers as the server gives them at the end
 
     def raw(event: dict[str, Any]) -> None:
-        assert event["type"] != "error", event
+        if event["type"] == "error":  # an answer that the server has cut short itself cannot be cancelled any more
+            assert event["error"]["code"] == "response_cancel_not_active", event
+        if event["type"] == "conversation.item.truncated":
+            cut.put_nowait(event["item_id"])
         if event["type"] == "conversation.item.retrieved":
             kept.put_nowait(event["item"])
         if event["type"] == "response.output_audio_transcript.done":
@@ -64,24 +69,42 @@ async def converse(server: Server, questions: list[bytes]) -> None:
         session.on("input_audio_transcription_completed", lambda event: event.is_final and heard.put_nowait(event))
         session.on("openai_server_event_received", raw)
         await session.update_tools([set_timer])
-        for i, question in enumerate(questions):
-            if i == 2:
-                session.update_options(tool_choice="required")
-            sound = question + PAUSE
+        session.on("input_speech_started", began.put_nowait)
+
+        def say(sound: bytes) -> None:
             for start in range(0, len(sound), PIECE):
                 piece = sound[start : start + PIECE]
                 session.push_audio(rtc.AudioFrame(piece, RATE, 1, len(piece) // 2))
-            text, samples, calls = await asyncio.wait_for(text_and_sound(await next_of(generations)), 60)
-            written = await next_of(heard)
-            session.send_event(
-                ConversationItemRetrieveEvent(type="conversation.item.retrieve", item_id=written.item_id)
-            )
+
+        async def written() -> None:
+            """What the user said is what the server writes down of the sound that it has kept of it."""
+            user = await next_of(heard)
+            session.send_event(ConversationItemRetrieveEvent(type="conversation.item.retrieve", item_id=user.item_id))
             item = await next_of(kept)
-            assert written.transcript == server.heard(base64.b64decode(item["content"][0]["audio"]))
-            if i < 2:
-                assert text == done[-1] != ""
-                assert samples > 2400
-                assert not calls
+            assert user.transcript == server.heard(base64.b64decode(item["content"][0]["audio"]))
+
+        say(questions[0] + PAUSE)
+        await next_of(began)
+        first = await next_of(generations)
+        message = await asyncio.wait_for(anext(aiter(first.message_stream)), 60)
+        await asyncio.wait_for(anext(aiter(message.audio_stream)), 60)
+        say(PAUSE[: RATE // 2] + questions[1])  # while it speaks
+        await next_of(began)
+        session.interrupt()  # as an agent's session does
+        session.truncate(message_id=message.message_id, modalities=["audio"], audio_end_ms=80)
+        assert await next_of(cut) == message.message_id
+        await written()
+        say(PAUSE)
+        text, sound, calls = await asyncio.wait_for(text_and_sound(await next_of(generations)), 60)
+        await written()
+        assert text == done[-1] != ""
+        assert len(sound) >= FRAME
+        assert not calls
+        server.said.append((text, sound))
+        session.update_options(tool_choice="required")
+        say(questions[2] + PAUSE)
+        *_, calls = await asyncio.wait_for(text_and_sound(await next_of(generations)), 60)
+        await written()
         (call,) = calls
         assert call.name == "set_timer"
         assert isinstance(json.loads(call.arguments)["minutes"], int)
@@ -92,11 +115,12 @@ async def converse(server: Server, questions: list[bytes]) -> None:
         )
         await session.update_chat_ctx(context)
         answer = await asyncio.wait_for(session.generate_reply(), 60)
-        text, samples, _ = await asyncio.wait_for(text_and_sound(answer), 60)
+        text, sound, _ = await asyncio.wait_for(text_and_sound(answer), 60)
         assert text == done[-1] != ""
-        assert samples > 2400
+        assert len(sound) >= FRAME
+        server.said.append((text, sound))
         await session.aclose()
 
 
-def test_three_spoken_turns_and_a_tool(server, questions):
+def test_three_spoken_turns_with_barge_in_and_a_tool(server, questions):
     asyncio.run(converse(server, questions))
