@@ -22,6 +22,7 @@ from antiphon.train.talks import messages_of
 from antiphon.train.world import LANGUAGES, share_of
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "tiny"
+SHIFTED = {"kind": "speech", "count": 6, "languages": ["en"], "voices": "many"}
 SETS = {
     "seed": 3,
     "sets": {
@@ -157,6 +158,15 @@ def test_held_out_voices_are_others(made):
     assert not trained & set(espeak.HELD_OUT_VARIANTS)
 
 
+def test_shifted_clips_are_longer_or_shorter_and_say_the_same():
+    plain, shifted = (read_sets({"sets": {"a": {**SHIFTED, "shifted": share}}}, "test")["a"] for share in (0.0, 1.0))
+    pairs = [(make_clip("a", plain, i), make_clip("a", shifted, i)) for i in range(6)]
+    assert [one.text for one, _ in pairs] == [other.text for _, other in pairs]
+    factors = [other.seconds / one.seconds for one, other in pairs]
+    assert all(1 / 1.2 < factor < 1 / 0.84 for factor in factors)
+    assert max(factors) - min(factors) > 0.05
+
+
 def test_the_words_of_the_world_are_listed(made):
     words = json.loads((made["speech"].parent / "world.json").read_text(encoding="utf-8"))["words"]
     assert set(words) == {"de", "en", "zh"}
@@ -283,6 +293,11 @@ def test_tiny_does_not_train_on_its_tests():
         ({"kind": "speech", "count": 1, "languages": ["xx"]}, "no language xx"),
         ({"kind": "speech", "count": "many", "languages": ["en"]}, "count is 'many'"),
         ({"kind": "speech", "count": 1, "languages": ["en"], "voice": "m1"}, "has no setting 'voice'"),
+        (
+            {"kind": "speech", "count": 1, "languages": ["en"], "voices": "few"},
+            "voices is 'few'; expected one of train",
+        ),
+        ({"kind": "dialog", "count": 1, "split": "mixed"}, "split is 'mixed', which only sentences can be"),
     ],
 )
 def test_a_wrong_set_is_one_sentence(value, sentence):

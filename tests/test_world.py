@@ -1,5 +1,6 @@
 """The world that tiny knows: what it says is in its languages, small, the same every time, and split without leaks."""
 
+import itertools
 import re
 from functools import cache
 from pathlib import Path
@@ -98,6 +99,19 @@ def test_held_out_templates_are_never_trained(language):
     assert used["train"] == {f"{language}.{name}" for name in known.templates} - held
     assert used["sentence"].isdisjoint(held)
     assert used["template"] == held
+
+
+@every_language
+def test_mixed_sentences_are_of_no_template_and_of_the_same_words(language):
+    mixed, trained = sentences(language, "mixed", 300, 0), sample(language, "train")
+    assert mixed == sentences(language, "mixed", 300, 0)
+    assert len({s.text for s in mixed}) == 300
+    assert {share_of(s.text) for s in mixed} == {"train"}
+    assert {word for s in mixed for word in s.words} <= set(vocabulary(language, "train"))
+    pairs = {pair for s in trained for pair in itertools.pairwise(s.words)}
+    strange = [any(pair not in pairs for pair in itertools.pairwise(s.words)) for s in mixed if len(s.words) > 3]
+    assert sum(strange) > 0.5 * len(strange)  # what follows what was never seen in a sentence
+    assert len({s.text for s in mixed} & {s.text for s in trained}) < 30
 
 
 @every_language

@@ -31,6 +31,7 @@ from antiphon.train.dialog import KINDS as KINDS_OF_DIALOG
 from antiphon.train.recipe import read_fields, read_yaml_table
 from antiphon.train.world import (
     LANGUAGES,
+    MIXED,
     SHARE,
     Sentence,
     check_split,
@@ -121,6 +122,8 @@ def _checked(value: Any, where: str, seed: int) -> Set:
         raise ConfigError(f"{where}: no language {', '.join(sorted(unknown))}; there are {', '.join(LANGUAGES)}")
     if s.voices not in (known := (*VARIANTS, PRESETS, espeak.FLITE)):
         raise ConfigError(f"{where}.voices is {s.voices!r}; expected one of {', '.join(known)}")
+    if s.split == MIXED and s.kind not in ("speech", "over"):
+        raise ConfigError(f"{where}.split is {MIXED!r}, which only sentences can be; expected kind speech or over")
     if s.kind in ("speech", "over", "digits", "words") and not s.languages:
         raise ConfigError(f"{where}.languages is missing; name at least one")
     return replace(s, seed=seed + s.seed)

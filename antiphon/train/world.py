@@ -11,6 +11,9 @@ tests.
     valid     templates of training, fillings of validation
     sentence  templates of training, fillings of the tests
     template  templates that training never uses, fillings of the tests
+
+and beside these, for training alone
+
     mixed     pieces of training's templates, in an order that no template has, fillings of training
 """
 
@@ -37,7 +40,8 @@ from antiphon.errors import InputError
 
 T = TypeVar("T")
 Split = Literal["train", "valid", "sentence", "template", "mixed"]
-SPLITS: tuple[Split, ...] = ("train", "valid", "sentence", "template", "mixed")
+SPLITS: tuple[Split, ...] = ("train", "valid", "sentence", "template")
+MIXED: Split = "mixed"
 SHARES = 16  # of the fillings two belong to the tests and one to validation
 TRIES = 200  # this often in a row nothing new: the templates are exhausted and texts may repeat
 FOLDER = Path(__file__).parent
@@ -150,8 +154,8 @@ def sentence_at(language: str, split: Split, seed: int, at: int) -> Sentence:
 def _line_at(language: str, split: Split, seed: int, at: int) -> tuple[str, str]:
     """The template of a draw, and the template filled."""
     world, draw = load_world(language), Draw(f"{language}/{split}/{seed}/{at}")
-    if split == "mixed":
-        return "mixed", mixed(world, draw)
+    if split == MIXED:
+        return MIXED, mixed(world, draw)
     name = draw.choose(world.templates_of(split))
     return name, fill(world.templates[name], world.lists, draw)
 
@@ -197,10 +201,10 @@ def check_split(split: str) -> Split:
     Raises:
         InputError: it is not.
     """
-    for known in SPLITS:
+    for known in (*SPLITS, MIXED):
         if split == known:
             return known
-    raise InputError(f"there is no split {split!r}; expected one of {', '.join(SPLITS)}")
+    raise InputError(f"there is no split {split!r}; expected one of {', '.join((*SPLITS, MIXED))}")
 
 
 # ------------------------------------------------------------------------------------------------ drawing
