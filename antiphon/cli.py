@@ -24,8 +24,7 @@ from antiphon.files import check_target
 from antiphon.generate import Omni, Options
 from antiphon.memory import hold_memory
 from antiphon.report import write_report
-from antiphon.scale.commands import plan
-from antiphon.serve.commands import serve
+from antiphon.scale.commands import plan, serve
 from antiphon.terminal import (
     DeviceOption,
     Dtype,

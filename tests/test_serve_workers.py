@@ -57,10 +57,15 @@ class Group:
         return httpx2.get(f"http://127.0.0.1:{self.port}{path}", timeout=60)
 
 
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as place:
+        return place.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def group() -> Iterator[Group]:
-    with socket.create_server(("127.0.0.1", 0)) as place:
-        port = place.getsockname()[1]
+    port = free_port()
     antiphon = [sys.executable, "-c", "from antiphon.cli import main; main()"]
     command = [*antiphon, "serve", "--port", str(port), "--workers", "2", "--conversations", "1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

@@ -1,8 +1,10 @@
-"""`antiphon plan`."""
+"""`antiphon plan` and `antiphon serve`."""
 
 from __future__ import annotations
 
 import json
+import socket
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +14,8 @@ from antiphon.bench.costs import Cost, Turns
 from antiphon.bench.figures import heading, line
 from antiphon.errors import InputError
 from antiphon.scale.plan import Capacity, Target, capacity, devices, predicted
-from antiphon.terminal import JsonOption, say
+from antiphon.serve.engines import loaded
+from antiphon.terminal import DeviceOption, Dtype, DtypeOption, JsonOption, Model, say
 
 BESIDE = ("first packet p50", "first packet p95", "RTF p50", "busy", "late at 80 ms")
 
@@ -120,3 +123,75 @@ def _figure(figures: dict[str, Any], name: str) -> float:
             return sum(figures["lanes"].values()) if "lanes" in figures else figures["busy"]
         case _:
             return figures["late"]["80 ms"]
+
+
+# ------------------------------------------------------------------------------------------------- serving
+
+
+def serve(
+    model: Model = "tiny",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any but this machine's own needs keys.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes any that is free.")] = 8000,
+    keys: Annotated[Path | None, typer.Option(help="File of API keys, one a line; or set ANTIPHON_API_KEYS.")] = None,
+    name: Annotated[str, typer.Option(help="What clients call the model; its last part by default.")] = "",
+    alias: Annotated[
+        list[str] | None, typer.Option(help="Another name that clients may call it by; may be repeated.")
+    ] = None,
+    origin: Annotated[
+        list[str] | None, typer.Option(help="Web pages elsewhere that may speak to it: https://host; may be repeated.")
+    ] = None,
+    conversations: Annotated[
+        int, typer.Option(min=0, help="At once; more are refused. 0 measures what the machine keeps in time.")
+    ] = 0,
+    sessions: Annotated[int, typer.Option(min=1, help="Realtime sessions of one key at once.")] = 8,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes, each with an engine and as many conversations; SIGHUP renews them.")
+    ] = 1,
+    ray: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Serve from a Ray cluster: its address, or local for this machine.")
+    ] = "",
+    replicas: Annotated[int, typer.Option(min=1, help="Engines on the cluster, at least.")] = 1,
+    most_replicas: Annotated[int, typer.Option(min=0, help="And at most, as they are needed; 0: no more.")] = 0,
+    cpus: Annotated[float, typer.Option(min=0, help="Cores of the cluster that each takes.")] = 2.0,
+    gpus: Annotated[float, typer.Option(min=0, help="And GPUs.")] = 0.0,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = Dtype.auto,
+) -> None:
+    """Serve OpenAI's chat, transcription, speech and Realtime endpoints, and the page."""
+    try:
+        from antiphon.serve.run import run
+        from antiphon.serve.settings import Settings, read_keys
+    except ImportError as error:
+        raise InputError(f"serving needs pip install 'antiphon[serve]' ({error.name} is missing)") from None
+    settings = Settings(
+        name=name or Path(model).name,
+        aliases=tuple(alias or ()),
+        host=host,
+        keys=read_keys(keys),
+        origins=tuple(origin or ()),
+        sessions=sessions,
+    )
+    load = partial(loaded, model, device, dtype)
+    if ray:
+        _need_ray()
+        from antiphon.scale.serving import Cluster, run_ray
+
+        run_ray(settings, port, load, conversations, Cluster(ray, replicas, max(replicas, most_replicas), cpus, gpus))
+    elif workers > 1:
+        if not hasattr(socket, "send_fds"):
+            raise InputError("--workers needs Linux or macOS; leave it at 1 here")
+        from antiphon.serve.workers import run_workers
+
+        run_workers(settings, port, load, workers, conversations)
+    else:
+        prepare = load()
+        run(settings, port, lambda: prepare(settings, conversations))
+
+
+def _need_ray() -> None:
+    try:
+        import ray.serve  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"--ray needs pip install 'antiphon[scale]' ({error.name} is missing)") from None

@@ -141,6 +141,7 @@ class Saved:
     conversation: str  # its id
     worker: str  # who holds it
     items: tuple[str, ...] = ()
+    at: float = field(default_factory=time.time)  # when it was kept
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,12 @@ class Shelves:
             self.sessions.pop(id, None)
             for name in saved.items:
                 self.said.pop((id, name), None)
+
+    def sweep(self, seconds: float) -> None:
+        """Forget sessions that have been left for so long: whoever held them has not told how they ended."""
+        for id, saved in [*(self.sessions or {}).items()]:
+            if saved.at < time.time() - seconds:
+                self.forget(id, saved.worker)
 
     def sessions_of(self, who: str) -> int:
         """How many sessions of one key there are."""
