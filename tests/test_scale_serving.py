@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -86,7 +87,7 @@ def come_back(server: Served, who: dict[str, str], stack: ExitStack) -> Line:
     end = time.monotonic() + 40
     while True:
         try:
-            return stack.enter_context(line(server, **who))
+            return stack.enter_context(line(server, None, True, **who))
         except (InvalidStatus, ConnectionClosed, OSError):
             assert time.monotonic() < end, "nobody took the session up"
             time.sleep(0.3)
@@ -121,6 +122,62 @@ def test_a_killed_replicas_conversations_go_on_and_the_others_notice_nothing(tmp
             again = Heard()
             turn(c, again)
             assert again.text == expected(first[i].text)  # the question that was cut off was kept, its answer was not
+
+
+@contextmanager
+def machines(env: dict[str, str]) -> Iterator[str]:
+    """A cluster that outlives who deploys on it: its address."""
+    port = free_port()
+    start = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=8"]
+    more = ["--include-dashboard=false", "--object-store-memory=200000000", "--disable-usage-stats"]
+    with subprocess.Popen(
+        [*start, *more], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
+    ) as head:
+        assert head.stdout is not None
+        try:
+            assert any("Ray runtime started" in told for told in head.stdout)
+            yield f"127.0.0.1:{port}"
+        finally:
+            head.terminate()
+
+
+def test_an_update_under_load_drops_no_conversation():
+    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    with machines(env) as address, ExitStack() as stack:
+        port = free_port()
+        server = Served(f"127.0.0.1:{port}", None, lambda: None)  # type: ignore[arg-type]
+        command = [sys.executable, "-c", "from antiphon.cli import main; main()", "serve", "--port", str(port)]
+        command += ["--ray", address, "--replicas", "2", "--cpus", "1", "--conversations", "4"]
+        how: dict[str, Any] = {"check": True, "timeout": 240, "env": env}
+        subprocess.run(command, **how)
+        lines = [stack.enter_context(line(server)) for _ in range(4)]
+        old = {c.events[0]["session"]["id"].split("_")[1] for c in lines}
+        assert len(old) == 2
+        heard: list[Heard] = []
+
+        def talk(c: Line) -> None:
+            while not is_new.is_set() or len(heard) < 2 * len(lines):
+                turn(c, one := Heard())
+                heard.append(one)
+
+        is_new = threading.Event()
+        threads = [threading.Thread(target=talk, args=(c,)) for c in lines]
+        for thread in threads:
+            thread.start()
+        subprocess.run([*command, "--alias", "tiny-2"], **how)
+        until(lambda: holder(server) not in old, 60)
+        is_new.set()
+        for thread in threads:
+            thread.join(120)
+        assert not [one for one in heard if one.was_cut]
+        assert all(one.text for one in heard)
+
+
+def holder(server: Served) -> str:
+    """Who takes a new conversation, which ends at once."""
+    with line(server) as c:
+        c.socket.close(1000)
+        return c.events[0]["session"]["id"].split("_")[1]
 
 
 def expected(first: str) -> str:

@@ -221,13 +221,18 @@ def deployment(settings: Settings, load: Load, conversations: int, keeper: Any, 
 
 
 def run_ray(settings: Settings, port: int, load: Load, conversations: int, cluster: Cluster) -> None:
-    """Serve from a cluster until told to stop."""
-    address = None if cluster.address == "local" else cluster.address
-    ray.init(address, include_dashboard=False, namespace=APP)
+    """Serve from a cluster: from one of this machine's own until told to stop, from another until `serve shutdown`.
+
+    Where the cluster serves already, what it serves is replaced, replica by replica, while conversations go on.
+    """
+    is_local = cluster.address == "local"
+    ray.init(None if is_local else cluster.address, include_dashboard=False, namespace=APP)
+    lasting = {} if is_local else {"name": "shelves", "get_if_exists": True, "lifetime": "detached"}
     try:
-        keeper = ray.remote(Keeper).options(num_cpus=0).remote()
+        keeper = ray.remote(Keeper).options(num_cpus=0, **lasting).remote()
         serve.start(http_options=HTTPOptions(host=settings.host, port=port))
-        serve.run(deployment(settings, load, conversations, keeper, cluster), name=APP, blocking=True)
+        serve.run(deployment(settings, load, conversations, keeper, cluster), name=APP, blocking=is_local)
     finally:
-        serve.shutdown()
+        if is_local:
+            serve.shutdown()
         ray.shutdown()
