@@ -24,6 +24,7 @@ from antiphon.files import check_target
 from antiphon.generate import Omni, Options
 from antiphon.memory import hold_memory
 from antiphon.report import write_report
+from antiphon.scale.commands import label
 from antiphon.serve.commands import serve
 from antiphon.terminal import (
     DeviceOption,
@@ -318,6 +319,7 @@ app.command("verify")(verify_command)
 app.command()(evaluate)
 app.command()(bench)
 app.command()(serve)
+app.command()(label)
 for command in (commands.corpus, commands.prepare, commands.train):
     app.command()(command)
 
