@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -123,8 +125,12 @@ def keep_settings(job: Job) -> None:
     path = job.out / SETTINGS
     if path.exists() and path.read_text(encoding="utf-8") != job.settings:
         before = json.loads(path.read_text(encoding="utf-8"))
-        there, here = (f"of at most {s['longest']:g} s (version {s['version']})" for s in (before, json.loads(job.settings)))
-        raise InputError(f"{job.out} holds segments {there}, and these would be {here}; give another --out or --longest")
+        there, here = (
+            f"of at most {s['longest']:g} s (version {s['version']})" for s in (before, json.loads(job.settings))
+        )
+        raise InputError(
+            f"{job.out} holds segments {there}, and these would be {here}; give another --out or --longest"
+        )
     write_text(path, job.settings)
 
 
@@ -158,7 +164,8 @@ def known_ids(job: Job) -> Ids:
 
     ids = [""]
     for path in (job.out / "labels").glob("*.parquet"):
-        ids += pyarrow.parquet.read_table(path, columns=["id"])["id"].to_pylist()
+        table = pyarrow.parquet.ParquetFile(path)
+        ids += table.read(columns=["id"])["id"].to_pylist() if table.metadata.num_rows else []
     return np.unique(np.array(ids, "S32"))
 
 
@@ -243,9 +250,10 @@ class Labeller:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Batches of one block, as Ray Data has them."""
-        for block in batch["block"]:
+        blocks: list[Block] = [pickle.loads(data) for data in batch["block"]]
+        for block in blocks:
             label_block(block, self.job, self.teachers, self.known)
-        return {"name": np.array([block.name for block in batch["block"]])}
+        return {"name": np.array([block.name for block in blocks])}
 
 
 def spread_out(blocks: Sequence[Block], job: Job, known: Ids, spread: Spread) -> Iterator[str]:
@@ -254,7 +262,8 @@ def spread_out(blocks: Sequence[Block], job: Job, known: Ids, spread: Spread) ->
         return
     ray = begin_ray(spread)
     try:
-        data = ray.data.from_items([{"block": block} for block in blocks], override_num_blocks=len(blocks))
+        rows = [{"block": pickle.dumps(block)} for block in blocks]
+        data = ray.data.from_items(rows, override_num_blocks=len(rows))
         data = data.map_batches(
             Labeller,
             fn_constructor_args=(job, ray.put(known)),
@@ -276,11 +285,13 @@ def begin_ray(spread: Spread) -> Any:
         InputError: the extra is missing, or there is no such cluster.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         import ray
         import ray.data
     except ModuleNotFoundError as error:
         raise InputError(f"workers need pip install 'antiphon[scale]' ({error.name} is missing)") from None
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
     try:
         if spread.address:
@@ -289,7 +300,5 @@ def begin_ray(spread: Spread) -> Any:
             ray.init(num_cpus=spread.workers, object_store_memory=STORE, **quiet)
     except ConnectionError as error:
         raise InputError(f"there is no Ray cluster at {spread.address}: {' '.join(str(error).split())}") from None
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = False
+    ray.data.DataContext.get_current().enable_progress_bars = False  # there is one already
     return ray

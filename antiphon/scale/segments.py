@@ -136,6 +136,8 @@ def _decoded(item: Item) -> Samples | str:
     try:
         samples, rate = read_item(item)
         return resample(samples, rate, RATE)
+    except ImportError:  # not the recording's fault
+        raise
     except Exception as error:  # whatever a decoder or a store may raise: the other recordings are still to be heard
         return first_line(error).replace(item.place, "it")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -35,11 +36,13 @@ from antiphon.train.recipe import read_fields
 from antiphon.train.run import read_course
 from antiphon.train.stages.aut import AuTStage, write
 from antiphon.train.stages.common import Setting
+from antiphon.train.talks import WHICH_LANGUAGE
 from antiphon.train.text import read_transcript
 from antiphon.transcripts import LONGEST, PROMPTS, most_tokens, uncoiled
 from antiphon.weights import find_checkpoint
 
 BATCH_SECONDS = 60.0  # of clips, padded to the longest, that are heard at once
+NAME_TOKENS = 12  # that the name of a language takes at most
 CALLS = 8  # requests to an endpoint at a time
 TRIES = 4  # of a request that fails
 READ = 1 << 20  # bytes of a file at a time
@@ -142,6 +145,8 @@ def _heard(teacher: Teacher, clips: Sequence[Samples]) -> list[Heard]:
     try:
         with torch.inference_mode():
             return teacher.hear(clips)
+    except ImportError:  # not the clip's fault
+        raise
     except Exception as error:  # whatever a model or a service may raise: the other clips are still to be heard
         if len(clips) == 1:
             return [Heard(reason=" ".join(str(error).split()) or type(error).__name__)]
@@ -161,29 +166,34 @@ class Checkpoint:
         self.model: Omni = load(folder, at.device, torch.float32 if small and at.device == "cpu" else None)
 
     def hear(self, clips: Sequence[Samples]) -> list[Heard]:
-        """Greedy transcripts."""
+        """Greedy transcripts, and the language that is named when asked for."""
+        rows = self._listen(clips)
         limits = torch.tensor([most_tokens(len(clip) / RATE) for clip in clips])
-        ids, sure = self._write(*self._prompts(clips), limits)
-        texts = [self.model.tokenizer.decode(line) for line in ids]
-        return [Heard((uncoiled(text) or text).strip(), "", score) for text, score in zip(texts, sure, strict=True)]
+        ids, sure = self._write(*self._prompts(rows, PROMPTS[""]), limits)
+        named, _ = self._write(*self._prompts(rows, WHICH_LANGUAGE), torch.full_like(limits, NAME_TOKENS))
+        texts, names = ([self.model.tokenizer.decode(line) for line in lines] for lines in (ids, named))
+        return [
+            Heard((uncoiled(text) or text).strip(), language_named(name), score)
+            for text, name, score in zip(texts, names, sure, strict=True)
+        ]
 
-    def _prompts(self, clips: Sequence[Samples]) -> tuple[Tensor, Tensor]:
-        """The Thinker's input [B, T, U] for each clip, and its positions [B]."""
+    def _listen(self, clips: Sequence[Samples]) -> list[Tensor]:
+        """AuT's rows [n, U] of each clip."""
         model, audio = self.model, self.model.config.audio
         mel, frames = listened([measured(resample(c, RATE, audio.mel.sample_rate), audio.mel) for c in clips])
         rows = model.aut(mel.to(model.device), frames=frames, peak=mel_peaks(mel, frames).to(model.device))
-        inputs = []
-        for row, count in zip(rows, frames.tolist(), strict=True):
-            ids = torch.tensor(self._layout(audio.tokens(count)), device=model.device)
-            inputs.append(model.embed_prompt(ids, row[: audio.tokens(count)]))
-        return pad(inputs)
+        return [row[: audio.tokens(count)] for row, count in zip(rows, frames.tolist(), strict=True)]
 
-    def _layout(self, tokens: int) -> list[int]:
-        """Ids of a conversation that asks what is said in a clip of so many tokens, as a session lays it out."""
-        writer = TurnWriter(self.model.tokenizer)
-        ids = writer.open("user") + writer.audio(tokens)
-        writer.text(PROMPTS[""])
-        return ids + writer.close() + writer.open_reply()
+    def _prompts(self, heard: Sequence[Tensor], text: str) -> tuple[Tensor, Tensor]:
+        """The Thinker's input [B, T, U] that asks `text` about each clip, laid out as in a session; positions [B]."""
+        inputs = []
+        for rows in heard:
+            writer = TurnWriter(self.model.tokenizer)
+            ids = writer.open("user") + writer.audio(len(rows))
+            writer.text(text)
+            ids += writer.close() + writer.open_reply()
+            inputs.append(self.model.embed_prompt(torch.tensor(ids, device=self.model.device), rows))
+        return pad(inputs)
 
     def _write(self, x: Tensor, lengths: Tensor, limits: Tensor) -> tuple[list[list[int]], list[float]]:
         """The likeliest tokens after x [B, T, U], and the mean of their log-probabilities."""
@@ -203,6 +213,11 @@ class Checkpoint:
             hidden = thinker(thinker.embed(token[:, None]), state)[0][:, 0]
         table = torch.stack(lines, 1).tolist()
         return [line[: line.index(end)] if end in line else line for line in table], (scores / count).tolist()
+
+
+def language_named(text: str) -> str:
+    """Code of the language that an answer names; nothing where it names none that is known."""
+    return next((code for word in re.findall(r"\w+", text.lower()) if (code := CODES.get(word))), "")
 
 
 def mel_peaks(mel: Tensor, frames: Tensor) -> Tensor:
