@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import multiprocessing
+import os
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from antiphon.audio import read_audio, write_audio
 from antiphon.errors import ConfigError, InputError
 from antiphon.generate import Omni, collect, load
 from antiphon.scale import label as jobs
+from antiphon.scale import segments
 from antiphon.scale.filters import Rules, agreement, language_of, verdict
 from antiphon.scale.gather import CUTS, QUARANTINE, Figures, gather
 from antiphon.scale.label import Job, Spread, identity, label
@@ -448,6 +451,36 @@ def test_killed_between_the_shard_and_its_table(tmp_path, sources, service):
     done(job, sources)
     assert (out / CUTS).read_bytes() == manifest
     assert not list(out.rglob("*.part"))
+
+
+def crash(sources: list[str], job: Job, victim: str) -> int:
+    """Exit status of a process that dies when it reads the victim."""
+
+    def read(item: Item):
+        if item.name.endswith(victim):
+            os._exit(77)
+        return read_item(item)
+
+    def run() -> None:
+        segments.read_item = read
+        label(sources, job, Spread())
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def test_a_recording_that_crashes_its_reader_is_left_out_after_a_few_times(tmp_path, sources, service):
+    job = job_at(tmp_path / "out", service)
+    assert [crash(sources, job, "b.wav") for _ in range(segments.CRASHES)] == [77] * segments.CRASHES
+    figures = done(job, sources)
+    assert names(figures.quarantine) == sorted([*BROKEN, "b.tar#b.wav"])
+    assert any("the process died 3 times" in row["reason"] for row in figures.quarantine)
+    assert len(figures.kept) == len(LINES) - 1
+    assert not list((tmp_path / "out").rglob("*.reading"))
+    assert names(done(replace(job, retry=True), sources).quarantine) == BROKEN
 
 
 def test_a_second_teacher_hears_what_the_first_one_heard(tmp_path, sources, service):

@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from antiphon.audio import Samples, from_pcm16, pcm16
+from antiphon.files import write_text
 from antiphon.scale.sources import Item, digest, first_line, read_item
 from antiphon.serve.vad import CONTEXT, RATE, WINDOW, silero_model
 from antiphon.train.data import resample
@@ -35,6 +36,7 @@ PAUSE = 0.5  # seconds of silence that end a segment
 SHORTEST = 0.2  # seconds of speech that make one
 AROUND = 0.15  # seconds that are kept before and after
 STEP = WINDOW / RATE  # seconds
+CRASHES = 3  # of the process, while it reads a recording, after which that one is left out
 TOGETHER, TOGETHER_SECONDS = 16, 3600  # recordings that silero hears at once, at most, and what they may add up to
 
 
@@ -95,7 +97,8 @@ def segments_of(out: Path, block: str) -> Path:
 
 def write_segments(block: Block, out: Path, longest: float) -> list[Recording]:
     """Read and cut the recordings of a block; its shard and its table are on disk afterwards."""
-    timer, sounds = Timer(), [_decoded(item) for item in block.items]
+    timer, reading = Timer(), Reading(segments_of(out, block.name).with_suffix(".reading"))
+    sounds = [reading.read(item) for item in block.items]
     waves = [sound for sound in sounds if not isinstance(sound, str)]
     spans = iter(speech_spans(waves, longest))
     recordings, pieces, offset = [], list[bytes](), 0
@@ -114,9 +117,9 @@ def write_segments(block: Block, out: Path, longest: float) -> list[Recording]:
     if pieces:
         pcm = np.frombuffer(b"".join(pieces), "<i2")
         write_whole(shard_of(out, block.name), lambda part: soundfile.write(part, pcm, RATE, format="FLAC"))
-    write_table(
-        segments_of(out, block.name), [asdict(r) for r in recordings], timer.usage(sum(r.seconds for r in recordings))
-    )
+    reading.path.unlink(missing_ok=True)
+    usage = timer.usage(sum(r.seconds for r in recordings))
+    write_table(segments_of(out, block.name), [asdict(r) for r in recordings], usage)
     return recordings
 
 
@@ -129,6 +132,25 @@ def read_segments(out: Path, block: str) -> list[Recording]:
 def read_shard(out: Path, block: str) -> Samples:
     """All sound [N] of a block."""
     return from_pcm16(soundfile.read(str(shard_of(out, block)), dtype="int16")[0].astype("<i2").tobytes())
+
+
+class Reading:
+    """Reads items and keeps on disk which one is being read: what a decoder crashes at is not tried without end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.died: dict[str, int] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def read(self, item: Item) -> Samples | str:
+        """Samples [N] of an item at `RATE`, or why there are none."""
+        times = self.died.get(item.key, 0)
+        if times >= CRASHES:
+            return f"the process died {times} times while it was read"
+        self.died[item.key] = times + 1
+        write_text(self.path, json.dumps(self.died))
+        sound = _decoded(item)
+        self.died[item.key] = times
+        return sound
 
 
 def _decoded(item: Item) -> Samples | str:
