@@ -51,6 +51,8 @@ def label(
     specs = teacher or ["tiny"]
     if len(specs) > 2 or len(set(specs)) < len(specs):
         raise InputError(f"there are teachers {', '.join(specs)}; give one, or two that differ")
+    if address and not workers:
+        raise InputError(f"nobody would work on the cluster at {address}; give --workers")
     teachers = tuple(find_teacher(spec, device, str(runs)) for spec in specs)
     limit = min([longest, *(one.longest for one in teachers)])
     if limit < 1:

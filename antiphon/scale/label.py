@@ -91,7 +91,7 @@ def label(
         items = find_items(sources)
         left, done = plan(job, all_blocks(items, job))
         progress(done, done + len(left))
-        work = spread_out if spread.workers or spread.address else in_turn
+        work = spread_out if spread.workers else in_turn
         for count, _ in enumerate(work(left, job, known_ids(job), spread), 1):
             progress(done + count, done + len(left))
     return {item.key for item in items}
@@ -260,7 +260,7 @@ def spread_out(blocks: Sequence[Block], job: Job, known: Ids, spread: Spread) ->
     """Work on blocks in many processes; gives their names as they are finished."""
     if not blocks:
         return
-    ray = begin_ray(spread)
+    ray = begin_ray(spread, job.threads)
     try:
         rows = [{"block": pickle.dumps(block)} for block in blocks]
         data = ray.data.from_items(rows, override_num_blocks=len(rows))
@@ -268,7 +268,7 @@ def spread_out(blocks: Sequence[Block], job: Job, known: Ids, spread: Spread) ->
             Labeller,
             fn_constructor_args=(job, ray.put(known)),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=max(1, min(spread.workers, len(blocks)))),
+            compute=ray.data.ActorPoolStrategy(size=min(spread.workers, len(blocks))),
             num_cpus=job.threads,
             num_gpus=spread.gpus or None,
         )
@@ -278,8 +278,8 @@ def spread_out(blocks: Sequence[Block], job: Job, known: Ids, spread: Spread) ->
         ray.shutdown()
 
 
-def begin_ray(spread: Spread) -> Any:
-    """Ray, connected to a cluster, or begun here with as many processors as there are workers.
+def begin_ray(spread: Spread, threads: int) -> Any:
+    """Ray, connected to a cluster, or begun here with as many processors as the workers have threads.
 
     Raises:
         InputError: the extra is missing, or there is no such cluster.
@@ -297,7 +297,7 @@ def begin_ray(spread: Spread) -> Any:
         if spread.address:
             ray.init(spread.address, log_to_driver=False, logging_level="ERROR")
         else:
-            ray.init(num_cpus=spread.workers, object_store_memory=STORE, **quiet)
+            ray.init(num_cpus=spread.workers * threads, object_store_memory=STORE, **quiet)
     except ConnectionError as error:
         raise InputError(f"there is no Ray cluster at {spread.address}: {' '.join(str(error).split())}") from None
     ray.data.DataContext.get_current().enable_progress_bars = False  # there is one already

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -246,7 +247,7 @@ def read_about(path: Path) -> dict[str, str]:
 
 def write_whole(path: Path, write: Callable[[str], None]) -> None:
     """Have `write` make a file, which appears under its name when it is on disk and whole."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
         write(str(part))
         with part.open("rb") as file:

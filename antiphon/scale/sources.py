@@ -31,6 +31,7 @@ SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w6
 MANIFESTS = (".jsonl", ".jsonl.gz")
 COLUMNS = ("audio", "bytes", "wav", "flac", "mp3", "ogg", "opus")  # of Parquet, that may hold encoded sound
 LONGEST = 4 * 3600.0  # seconds of one recording: it is held in memory
+REASON = 300  # characters of why something cannot be read: some libraries tell everything they know
 EXPECTED = "a folder, a .jsonl or .jsonl.gz of lhotse cuts, a .tar, a .parquet or a sound file"
 
 
@@ -190,5 +191,5 @@ def _stamp(about: dict[str, Any]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """What an error says, in one line that is not too long."""
+    return " ".join(str(error).split())[:REASON] or type(error).__name__

@@ -27,6 +27,7 @@ from antiphon.chat import TurnWriter
 from antiphon.config_json import read_config
 from antiphon.errors import ConfigError, InputError
 from antiphon.generate import Omni, load
+from antiphon.scale.sources import first_line
 from antiphon.serve.vad import RATE
 from antiphon.terminal import SMALL
 from antiphon.train.data import listened, measured, pad, resample
@@ -149,7 +150,7 @@ def _heard(teacher: Teacher, clips: Sequence[Samples]) -> list[Heard]:
         raise
     except Exception as error:  # whatever a model or a service may raise: the other clips are still to be heard
         if len(clips) == 1:
-            return [Heard(reason=" ".join(str(error).split()) or type(error).__name__)]
+            return [Heard(reason=first_line(error))]
         half = len(clips) // 2
         return _heard(teacher, clips[:half]) + _heard(teacher, clips[half:])
 
@@ -282,7 +283,7 @@ class Endpoint:
         try:
             said = self.client.audio.transcriptions.create(file=sound, model=self.model, response_format="verbose_json")
         except OpenAIError as error:
-            return Heard(reason=" ".join(str(error).split()))
+            return Heard(reason=first_line(error))
         known = CODES.get((said.language or "").lower()) or (said.language or "").lower()
         return Heard(said.text.strip(), known, _sure(said.segments or []))
 
