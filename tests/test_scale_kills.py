@@ -107,6 +107,11 @@ def begin(sources: Sequence[str], out: Path, workers: int) -> subprocess.Popen:
         return subprocess.Popen([*command, "--workers", str(workers)], stdout=log, stderr=log)
 
 
+def logged(out: Path) -> str:
+    """The end of what a job's commands said."""
+    return (out.parent / f"{out.name}.log").read_text()[-2000:]
+
+
 def below(pid: int) -> Iterator[tuple[int, str]]:
     """The processes that descend from one, and what they are called."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -137,7 +142,7 @@ def kill_while_running(sources: Sequence[str], out: Path, rng: np.random.Generat
         due = finished(out) + int(rng.integers(0, SPAN)) + 1
         wait(lambda due=due, running=running: finished(out) >= due or running.poll() is not None, "progress")
         time.sleep(float(rng.uniform(0, 2)))
-        assert running.poll() is None, "it was over before it was killed often enough"
+        assert running.poll() is None, f"over before it was killed often enough: {logged(out)}"
         told.append(f"{victim} after {finished(out)} blocks")
         if victim == "worker":
             wait(lambda: any("Labeller" in name for _, name in below(running.pid)), "a worker")  # noqa: B023
@@ -151,7 +156,7 @@ def kill_while_running(sources: Sequence[str], out: Path, rng: np.random.Generat
             lambda family=family: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in family), "the end of workers"
         )
         running = begin(sources, out, 2)
-    assert running.wait(DEADLINE) == 0
+    assert running.wait(DEADLINE) == 0, logged(out)
     return told
 
 
@@ -173,7 +178,7 @@ def scores(out: Path) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def undisturbed(sources, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("job") / "undisturbed"
-    assert begin(sources[0], out, 0).wait(DEADLINE) == 0, (out.parent / "undisturbed.log").read_text()
+    assert begin(sources[0], out, 0).wait(DEADLINE) == 0, logged(out)
     return out
 
 

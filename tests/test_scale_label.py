@@ -12,6 +12,7 @@ from dataclasses import replace
 from email import message_from_bytes
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,13 +23,14 @@ from lhotse import CutSet, Recording
 from antiphon.audio import read_audio, write_audio
 from antiphon.errors import ConfigError, InputError
 from antiphon.generate import Omni, collect, load
+import antiphon.scale.segments
 from antiphon.scale import label as jobs
-from antiphon.scale import segments
 from antiphon.scale.filters import Rules, agreement, language_of, verdict
 from antiphon.scale.gather import CUTS, QUARANTINE, Figures, gather
 from antiphon.scale.label import Job, Spread, identity, label
 from antiphon.scale.report import write_report
 from antiphon.scale.segments import (
+    CRASHES,
     PAUSE,
     STEP,
     Segment,
@@ -311,7 +313,7 @@ class Service(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         data = self.rfile.read(int(self.headers["Content-Length"]))
-        form = message_from_bytes(f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode() + data)
+        form: Any = message_from_bytes(f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode() + data)
         parts = {part.get_param("name", header="content-disposition"): part for part in form.get_payload()}
         samples, _ = read_audio(parts["file"].get_payload(decode=True))
         Service.calls += 1
@@ -462,7 +464,7 @@ def crash(sources: list[str], job: Job, victim: str) -> int:
         return read_item(item)
 
     def run() -> None:
-        segments.read_item = read
+        antiphon.scale.segments.read_item = read
         label(sources, job, Spread())
 
     process = multiprocessing.get_context("fork").Process(target=run)
@@ -474,7 +476,7 @@ def crash(sources: list[str], job: Job, victim: str) -> int:
 
 def test_a_recording_that_crashes_its_reader_is_left_out_after_a_few_times(tmp_path, sources, service):
     job = job_at(tmp_path / "out", service)
-    assert [crash(sources, job, "b.wav") for _ in range(segments.CRASHES)] == [77] * segments.CRASHES
+    assert [crash(sources, job, "b.wav") for _ in range(CRASHES)] == [77] * CRASHES
     figures = done(job, sources)
     assert names(figures.quarantine) == sorted([*BROKEN, "b.tar#b.wav"])
     assert any("the process died 3 times" in row["reason"] for row in figures.quarantine)

