@@ -20,10 +20,10 @@ import soundfile
 import torch
 from lhotse import CutSet, Recording
 
+import antiphon.scale.segments
 from antiphon.audio import read_audio, write_audio
 from antiphon.errors import ConfigError, InputError
 from antiphon.generate import Omni, collect, load
-import antiphon.scale.segments
 from antiphon.scale import label as jobs
 from antiphon.scale.filters import Rules, agreement, language_of, verdict
 from antiphon.scale.gather import CUTS, QUARANTINE, Figures, gather
