@@ -275,6 +275,8 @@ def spread_out(blocks: Sequence[Block], job: Job, known: Ids, spread: Spread) ->
         )
         for row in data.iter_rows():
             yield str(row["name"])
+    except ray.exceptions.RayError as error:  # its last line is what a worker said; the lines before say where
+        raise InputError(f"a worker could not go on: {str(error).strip().splitlines()[-1]}; run this again") from error
     finally:
         ray.shutdown()
 
@@ -299,7 +301,7 @@ def begin_ray(spread: Spread, threads: int) -> Any:
             if spread.address:
                 ray.init(spread.address, log_to_driver=False, logging_level=logging.ERROR)
             else:
-                ray.init(num_cpus=spread.workers * threads, object_store_memory=STORE, **quiet)
+                ray.init("local", num_cpus=spread.workers * threads, object_store_memory=STORE, **quiet)
             break
         except ConnectionError as error:
             raise InputError(f"there is no Ray cluster at {spread.address}: {first_line(error)}") from None
