@@ -24,7 +24,7 @@ from antiphon.files import check_target
 from antiphon.generate import Omni, Options
 from antiphon.memory import hold_memory
 from antiphon.report import write_report
-from antiphon.scale.commands import plan, serve
+from antiphon.scale.commands import label, plan, serve
 from antiphon.terminal import (
     DeviceOption,
     Dtype,
@@ -319,6 +319,7 @@ app.command()(evaluate)
 app.command()(bench)
 app.command()(plan)
 app.command()(serve)
+app.command()(label)
 for command in (commands.corpus, commands.prepare, commands.train):
     app.command()(command)
 

@@ -39,8 +39,13 @@ ORDER: list[set[str]] = [
     {"cli", "__main__"},
 ]
 APART = {("train/", "engine/")}  # training measures what it trained, and never depends on how it is served
-HOMES = {"transformers": "evaluate/", "scipy": "train/", "torchaudio": None, "librosa": "evaluate/", "pandas": None}
-LATE = {"transformers", "librosa", "onnxruntime", "speechmos"}  # only inside functions
+HOMES = {
+    **{"transformers": ("evaluate/", "scale/"), "scipy": ("train/",), "torchaudio": (), "librosa": ("evaluate/",)},
+    **{"pandas": (), "ray": ("scale/",), "pyarrow": ("scale/",)},
+}
+LATE = {"transformers", "librosa", "onnxruntime", "speechmos", "ray", "pyarrow"}  # only inside functions
+ON_RAY = "serving.py"  # all of it runs on Ray, and it is imported by who serves there
+WITH_TRANSFORMERS = {"reference.py", "teachers.py"}  # the oracle of parity, and a teacher among others
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -125,7 +130,7 @@ def test_the_order_is_the_one_of_the_design():
 
 
 def test_heavy_packages_are_imported_where_they_are_needed_and_nowhere_else():
-    """transformers is the oracle of `antiphon verify`: inside functions of evaluate/reference.py."""
+    """transformers is the oracle of `antiphon verify`, and may be a teacher of `antiphon label`: inside functions."""
     found = set()
     for path in FILES:
         module = tree(path)
@@ -135,10 +140,10 @@ def test_heavy_packages_are_imported_where_they_are_needed_and_nowhere_else():
             package = name.split(".")[0]
             if package in HOMES:
                 found.add(package)
-                assert place(path) == HOMES[package], f"{path.name}:{line} imports {name}"
+                assert place(path) in HOMES[package], f"{path.name}:{line} imports {name}"
             if package == "transformers":
-                assert path.name == "reference.py", f"{path.name}:{line} imports {name}"
-            if package in LATE:
+                assert path.name in WITH_TRANSFORMERS, f"{path.name}:{line} imports {name}"
+            if package in LATE and path.name != ON_RAY:
                 assert line in inside, f"{path.name}:{line} imports {package} for everyone who imports it"
     assert "transformers" in found
 
