@@ -42,7 +42,7 @@ load: $(STAMP)
 	OMP_NUM_THREADS=1 ANTIPHON_LOAD_SECONDS=$(SECONDS) ANTIPHON_LOAD_CONVERSATIONS=$(CONVERSATIONS) \
 		$(BIN)/pytest -m load -s tests/test_load.py
 
-## a labelling job whose driver and workers are killed at random five times, beside one that is left alone
+## jobs of a cluster on this machine: labelling that is killed five times, replicas of the server of which one is
 scale: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m scale -s tests
 
