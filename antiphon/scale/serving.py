@@ -226,7 +226,7 @@ def run_ray(settings: Settings, port: int, load: Load, conversations: int, clust
     Where the cluster serves already, what it serves is replaced, replica by replica, while conversations go on.
     """
     is_local = cluster.address == "local"
-    ray.init(None if is_local else cluster.address, include_dashboard=False, namespace=APP)
+    ray.init(cluster.address, include_dashboard=False, namespace=APP)
     lasting = {} if is_local else {"name": "shelves", "get_if_exists": True, "lifetime": "detached"}
     try:
         keeper = ray.remote(Keeper).options(num_cpus=0, **lasting).remote()
