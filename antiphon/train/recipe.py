@@ -31,7 +31,7 @@ class Optimization:
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0  # largest norm of the gradient
-    accumulate: int = 1  # batches whose gradients make one step
+    accumulate: int = 1  # batches whose gradients make one step; several processes share them out
     average: float = 0.0  # decay of the averaged weights that are validated and kept; 0 keeps the last
     dtype: str = "auto"  # of the matrix products: auto is bfloat16 where the hardware has it
     log_every: int = 20
@@ -50,10 +50,14 @@ class Optimization:
         if not self.lr > 0 or not 0 <= self.average < 1:
             raise ConfigError("optimization: lr must be above 0, average from 0 to below 1")
 
+    def product_dtype(self, device: torch.device) -> torch.dtype:
+        """Type of the matrix products."""
+        short = self.dtype == "bfloat16" or (self.dtype == "auto" and fast_bfloat16(device))
+        return torch.bfloat16 if short else torch.float32
+
     def autocast(self, device: torch.device) -> torch.autocast:
         """The context in which losses are computed."""
-        wanted = self.dtype == "bfloat16" or (self.dtype == "auto" and fast_bfloat16(device))
-        return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.product_dtype(device) == torch.bfloat16)
 
 
 @functools.cache
@@ -73,6 +77,19 @@ def fast_bfloat16(device: torch.device) -> bool:
             F.linear(x, weight)
             seconds[dtype] = min(seconds[dtype], time.perf_counter() - begun)
     return seconds[torch.bfloat16] < seconds[torch.float32] / 1.4
+
+
+@dataclass(frozen=True)
+class Devices:
+    """How a run uses its devices, and which states it keeps; the weights it comes to are the same."""
+
+    recompute: bool = False  # activations of the large layers on the way back, instead of keeping them
+    keep_last: int = 2  # checkpoints of several processes; one process keeps the last state alone
+    keep_every: int = 0  # steps: those of its multiples are kept for good
+
+    def __post_init__(self) -> None:
+        if self.keep_last < 1 or self.keep_every < 0:
+            raise ConfigError("devices: keep_last must be 1 or more, keep_every 0 or more")
 
 
 @dataclass(frozen=True)
@@ -116,6 +133,7 @@ class Recipe:
     freeze: tuple[str, ...] = ()  # modules that do not move
     seed: int = 0
     threads: int = 1
+    devices: Devices = Devices()
 
     def __post_init__(self) -> None:
         if self.optimization is NO_OPTIMIZATION and self.stage not in WITHOUT_WEIGHTS:
@@ -124,7 +142,8 @@ class Recipe:
     @property
     def fingerprint(self) -> str:
         """Changes with everything that changes the weights."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        changing = {name: value for name, value in dataclasses.asdict(self).items() if name != "devices"}
+        text = json.dumps(changing, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -36,7 +36,7 @@ from antiphon.train.codes import Spoken, encode, key_of, sound_of
 from antiphon.train.copying import begin_following
 from antiphon.train.data import Example, Kept, numbers, pad, read_examples, read_together
 from antiphon.train.following import places
-from antiphon.train.loop import Figures, Loss
+from antiphon.train.loop import Figures, Loss, sum_of
 from antiphon.train.losses import likeness
 from antiphon.train.recipe import read_fields
 from antiphon.train.stages.aut import IGNORED
@@ -176,9 +176,9 @@ class SpeechStage:
         """One player."""
         return {"speech": list(self.modules)}
 
-    def batch(self, step: int) -> SpeechBatch:
-        """Answers of one step."""
-        return self.collate(self.mix.draw(step), step)
+    def batch(self, number: int) -> SpeechBatch:
+        """Answers of one batch."""
+        return self.collate(self.mix.draw(number), number)
 
     def collate(self, examples: Sequence[Example], step: int) -> SpeechBatch:
         """Examples as tensors; which answer of a conversation and which reference is a function of `step`."""
@@ -323,6 +323,19 @@ class SpeechStage:
         rest = speech.mtp.logits(states, speech.talker.model.codec_embedding(first), codes[chosen, 1:])
         return codes.index_copy(0, chosen, torch.cat([first[:, None], draw(rest, generator)], 1))
 
+    def counts(self, batch: SpeechBatch) -> dict[str, float]:
+        """Frames and ends, frames that MTP learns from, and those whose token is to be followed."""
+        frames = int(batch.counts.sum())
+        return {
+            "code0": float(frames + len(batch.counts)),
+            "residual": float(self.chosen(frames)),
+            "following": float((batch.said != IGNORED).sum()),
+        }
+
+    def chosen(self, frames: int) -> int:
+        """How many of so many frames MTP learns from."""
+        return max(1, round(frames * (self.options.mtp_share if self.boxes.speaking().mtp.training else 1.0)))
+
     def loss(self, player: str, batch: SpeechBatch, step: int) -> Loss:
         """Cross-entropy of codebook 0 and the end over all frames, and of the other codebooks over a share of them."""
         speech = self.boxes.speaking()
@@ -333,19 +346,18 @@ class SpeechStage:
         main = F.cross_entropy(first.float(), wanted)
         real = (codes[:, 0] >= 0).nonzero()[:, 0]
         order = torch.randperm(len(real), generator=self._generator(batch), device=self.device)
-        share = self.options.mtp_share if speech.mtp.training else 1.0
-        chosen = real[order[: max(1, round(len(real) * share))].sort().values]
+        chosen = real[order[: self.chosen(len(real))].sort().values]
         with self.plan.autocast(self.device):
             fed = speech.talker.model.codec_embedding(codes[chosen, 0])
             rest = speech.mtp.logits(states[chosen], fed, codes[chosen, 1:])
         residual = F.cross_entropy(rest.float().flatten(0, 1), codes[chosen, 1:].flatten(), ignore_index=IGNORED)
-        total = main + self.options.mtp_weight * residual
+        parts = {"code0": main, "residual": self.options.mtp_weight * residual}
         right = (first.argmax(-1) == wanted).float().mean()
-        figures = {"loss": total, "code0": main, "residual": residual, "accuracy": right}
+        figures = {"loss": sum_of(parts), "code0": main, "residual": residual, "accuracy": right}
         if self.options.follow:
-            following, figures["followed"] = self.following(batch, heard)
-            figures["following"], total = following, total + self.options.follow * following
-        return Loss(total, {k: v.detach() for k, v in figures.items()})
+            figures["following"], figures["followed"] = self.following(batch, heard)
+            parts["following"] = self.options.follow * figures["following"]
+        return Loss.of(parts, figures)
 
     def following(self, batch: SpeechBatch, halfway: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the token said last, of all tokens of the batch, over states [N, W]; and the share found."""
