@@ -19,7 +19,9 @@ def main(
     recipe: Annotated[Path, typer.Argument(help="A recipe, or a folder of recipes with an order.yaml.")],
     cuts: Cuts = CUTS,
     runs: Runs = Path("runs"),
-    device: Annotated[str, typer.Option(help="cpu or cuda; auto is a GPU for each process where there are any.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="cpu or cuda; auto is a GPU for each process where there are any.")
+    ] = "auto",
     plan: Annotated[bool, typer.Option("--plan", help="Reckon memory and time, and train nothing.")] = False,
     devices: Annotated[int, typer.Option(min=1, help="For --plan: how many devices.")] = 1,
     tflops: Annotated[float, typer.Option(min=1e-6, help="For --plan: what a device does, in TFLOP/s.")] = 400.0,
@@ -32,7 +34,7 @@ def main(
             from antiphon.train.run import read_course, train_course
         course = read_course(recipe)
         if plan:
-            show(course, runs, devices, tflops)
+            show(course, devices, tflops)
             return
         with ranks.joined(device) as own:
             with ranks.first_alone():
