@@ -67,6 +67,7 @@ class Checkpoints:
         self.folder, self.devices = folder, devices
         self.group = distributed.new_group(backend="gloo") if ranks.many() else None  # apart from what steps say
         self.writing: tuple[Path, Future[Any]] | None = None
+        self.size = 0  # bytes of this process's part
 
     def newest(self) -> Checkpoint | None:
         """The last whole state, as rank 0 sees it."""
@@ -97,6 +98,7 @@ class Checkpoints:
             part.mkdir(parents=True)
             write_text(part / ABOUT, json.dumps(about))
         ranks.told(None)
+        self.size = sum(shards.local(t).nbytes for t in tensors.values())
         future = dcp.async_save(tensors, storage_writer=FileSystemWriter(part), process_group=self.group)
         assert isinstance(future, Future)
         self.writing = part, future
@@ -114,9 +116,10 @@ class Checkpoints:
             future.result()
         except (CheckpointException, OSError, RuntimeError) as error:
             shutil.rmtree(part, ignore_errors=True)
+            why = reason(error, part.parent, self.size)
             last = f"step {int(self.published()[-1].name)}" if self.published() else "none"
             raise WeightsError(
-                f"{part.with_suffix('')} cannot be written ({reason(error)}); make room and start again: the last "
+                f"{part.with_suffix('')} cannot be written ({why}); make room and start again: the last "
                 f"whole checkpoint is {last}"
             ) from None
         if ranks.rank() == 0:
@@ -132,15 +135,17 @@ class Checkpoints:
                 shutil.rmtree(path)
 
 
-def reason(error: BaseException) -> str:
-    """Why a checkpoint was not written, in the words of the operating system where it said something."""
-    causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-    while causes:
-        cause = causes.pop(0)
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        causes += [c for c in (cause.__cause__, cause.__context__) if c is not None]
-    return str(error).splitlines()[0]
+def reason(error: BaseException, folder: Path, size: int) -> str:
+    """Why `size` bytes could not be written, as the operating system says it: torch's writer does not keep that."""
+    probe = folder / f"room-{ranks.rank()}{PART}"
+    try:
+        with probe.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as refused:
+        return refused.strerror or str(refused)
+    finally:
+        probe.unlink(missing_ok=True)
+    return str(error).splitlines()[-1]
 
 
 def write_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
