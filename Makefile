@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 CLIENTS := .venv-conformance
 CLIENTS_STAMP := $(CLIENTS)/.installed
 
-.PHONY: talk test test-long browser load conformance check parity bench clean
+.PHONY: talk test test-long browser load scale conformance check parity bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,10 @@ CONVERSATIONS ?= 8
 load: $(STAMP)
 	OMP_NUM_THREADS=1 ANTIPHON_LOAD_SECONDS=$(SECONDS) ANTIPHON_LOAD_CONVERSATIONS=$(CONVERSATIONS) \
 		$(BIN)/pytest -m load -s tests/test_load.py
+
+## jobs of many processes that are killed and go on
+scale: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m scale -s tests/test_train_ranks.py
 
 # unmodified clients need no torch, and their own versions of what we share: they have an environment of their own
 $(CLIENTS_STAMP): tests/conformance/requirements.txt tests/conformance/package.json

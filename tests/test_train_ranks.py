@@ -19,6 +19,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -32,7 +33,9 @@ from antiphon.files import read_safetensors
 from antiphon.train import ranks
 from antiphon.train.checkpoints import FOLDER, Checkpoints
 from antiphon.train.corpus import make_corpus
+from antiphon.train.data import READ
 from antiphon.train.loop import BEST, LOG, STATE, Run, sum_of, train
+from antiphon.train.price import price
 from antiphon.train.recipe import Devices, Recipe
 from antiphon.train.run import read_course
 from antiphon.train.stages.aut import AuTStage
@@ -43,6 +46,7 @@ from tests.models import CPU
 from tests.test_train_loop import PLAN, TINY, TinyStage, aut_recipe, lines, state_of, write_tones
 
 DIGITS = Path(__file__).parent.parent / "recipes/tiny/digits.yaml"
+RELEASE = DIGITS.parent.parent / "release"
 TWO = replace(aut_recipe(), optimization=replace(aut_recipe().optimization, steps=20, accumulate=2, log_every=1))
 
 
@@ -399,3 +403,56 @@ def test_every_stage_runs_in_two_processes(tmp_path):
         assert all(t.isfinite().all() for t in state_in(folder).values()), run.name
     log = [json.loads(line) for line in (tmp_path / "runs/two/thinker" / LOG).read_text().splitlines()]
     assert log[-1]["answering"] > 0
+
+
+# ------------------------------------------------------------------------------------------ what it takes
+
+
+def test_what_is_reckoned_is_what_is_there(tones):
+    """Parameters to the last one, and what is kept for the way back, of AuT on two clips of four seconds."""
+    recipe = replace(TWO, model="config.json", data=replace(TWO.data, batch_seconds=8.0, max_seconds=4.0))
+    stage, folder = aut_of(tones, recipe), tones / "runs/course/tokenizer"
+    found = price(recipe, folder, 1)
+    run = Run(stage, recipe, tones)
+    assert found.parameters == sum(p.numel() for p in stage.modules.parameters())
+    assert found.trained == sum(p.numel() for p in run.players["aut"].values())
+    assert found.memory["weights"] == 4 * found.parameters
+    assert found.memory["moments and averages"] == 3 * found.memory["gradients"] == 12 * found.trained
+    tokens = stage.config.tokens(400)
+    clip = np.random.default_rng(0).normal(size=(400, stage.config.num_mel_bins)).astype(np.float32)
+    batch = stage.collate([(clip, [5] * (int(READ * tokens) - 1))] * 2, stage.config.window_chunks)
+    run.learn()
+    with unique_bytes(stage.modules) as kept:
+        stage.loss("aut", batch, 0)
+    print(f"kept {sum(kept.values()):,} bytes, reckoned {found.memory['activations']:,.0f}")
+    assert found.memory["activations"] == pytest.approx(sum(kept.values()), rel=0.25)
+    again = price(replace(recipe, devices=Devices(recompute=True)), folder, 4)
+    assert again.memory["activations"] < 0.8 * found.memory["activations"]
+    assert found.operations < again.operations < 1.4 * found.operations
+    assert again.memory["weights"] == found.memory["weights"] / 4
+
+
+@contextmanager
+def unique_bytes(modules: torch.nn.Module) -> Iterator[dict[int, int]]:
+    """Storages that are kept for the way back while this is open, the weights left out, and their bytes."""
+    own, seen, alive = {p.untyped_storage().data_ptr() for p in modules.parameters()}, dict[int, int](), list[Tensor]()
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield seen
+
+
+@pytest.mark.scale
+def test_recipes_at_the_released_size_have_a_price():
+    found = {r.name: price(r, RELEASE, 64) for r in read_course(RELEASE).recipes}
+    aut = found["aut"]
+    assert 0.6e9 < aut.trained < 1.5e9
+    assert found["thinker"].parameters > 30e9
+    assert found["adapter"].trained < 10e6
+    assert 3e9 < found["talker"].trained < 3.6e9
+    assert all(0 < sum(cost.memory.values()) < 200e9 and cost.operations > 1e12 for cost in found.values())

@@ -103,15 +103,15 @@ class Fused(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations = 0.0
+        self.forward, self.backward = 0.0, 0.0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Of everything else, what it is."""
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         q, k, v = args
-        forward = 4.0 * q.numel() * k.shape[-2]
-        self.operations += forward * (3.5 if q.requires_grad else 1.0)
+        self.forward += 4.0 * q.numel() * k.shape[-2]
+        self.backward += 10.0 * q.numel() * k.shape[-2] if q.requires_grad else 0.0
         return _Attention.apply(q, k, v)
 
 
@@ -132,16 +132,24 @@ def _measured(laid: Laid, recipe: Recipe, short: int) -> tuple[float, float]:
     for box in (laid.modules, *laid.beside):
         _routed_as_dense(box)
         box.to(torch.bfloat16 if short == 2 else torch.float32)
-    kept, operations = _there_and_back(laid)
+    kept, forward, both = _there_and_back(laid)
     if not recipe.devices.recompute:
-        return kept, operations
-    layers = shards.stacked(laid.modules)
-    shards.recompute(laid.modules)
-    outside, operations = _there_and_back(laid)  # what goes into a layer is not seen, and one is there in full
-    return outside + (kept - outside) / max(1, len(layers)) + _entering(laid, short), operations
+        return kept, both
+    layers, entering = shards.stacked(laid.modules), list[int]()
+
+    def passing(x: Tensor, *_: Any) -> Tensor:
+        entering.append(x.numel() * short)
+        return x
+
+    for layer in layers:
+        layer.forward = passing
+    outside, forward_outside, _ = _there_and_back(laid)
+    one = (kept - outside) / max(1, len(layers))  # layer is there in full at a time
+    return outside + one + sum(entering), both + forward - forward_outside
 
 
-def _there_and_back(laid: Laid) -> tuple[float, float]:
+def _there_and_back(laid: Laid) -> tuple[float, float, float]:
+    """Bytes kept, operations there, and operations there and back."""
     own = {p.untyped_storage()._cdata for p in laid.modules.parameters()}
     seen, alive = dict[int, int](), list[Tensor]()
 
@@ -155,20 +163,9 @@ def _there_and_back(laid: Laid) -> tuple[float, float]:
     with FlopCounterMode(display=False) as counter, Fused() as fused:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = laid.loss()
+        forward = counter.get_total_flops() + fused.forward
         loss.backward()
-    return float(sum(seen.values())), counter.get_total_flops() + fused.operations
-
-
-def _entering(laid: Laid, short: int) -> float:
-    """Bytes of what goes into all layers that are computed again."""
-    seen = list[int]()
-    layers = shards.stacked(laid.modules)
-    hooks = [m.register_forward_pre_hook(lambda _, given: seen.append(given[0].numel())) for m in layers]
-    with torch.no_grad(), Fused():
-        laid.loss()
-    for hook in hooks:
-        hook.remove()
-    return float(short * sum(seen))
+    return float(sum(seen.values())), forward, counter.get_total_flops() + fused.forward + fused.backward
 
 
 def _routed_as_dense(modules: nn.Module) -> None:
