@@ -822,7 +822,11 @@ def test_a_recipe(tmp_path):
         ("lr: 1e-3", "lr: .nan", r"^optimization: lr must be above 0, average from 0 to below 1$"),
         ("lr: 1e-3", "lr: 1, average: 1", r"^optimization: lr must be above 0, average from 0 to below 1$"),
         ("steps: 100", "steps: 0", r"^optimization: steps, accumulate and the \*_every intervals must be 1 or more$"),
-        ("warmup: 7", "dtype: float8", r"^optimization.dtype is 'float8'; expected auto, float32 or bfloat16$"),
+        (
+            "warmup: 7",
+            "dtype: float8",
+            r"^optimization.dtype is 'float8'; expected auto, float32, bfloat16 or float64$",
+        ),
         ("warmup: 7", "betas: [0.9]", r"^mine.yaml.optimization.betas should have 2 values$"),
         ("freeze: [decoder]", "freeze: decoder", r"^mine.yaml.freeze should be a list$"),
         ("freeze: [decoder]", "freeze: [1]", r"^mine.yaml.freeze\[0\] is 1; expected str$"),

@@ -153,7 +153,7 @@ class Losses(nn.Module):
             weights[name].requires_grad_(name in own)
         loss = self.stage.loss(player, batch, step)
         parts = dict(loss.parts) or {"total": loss.total}
-        if ranks.many():  # all processes add up the gradients of the same weights, used in this batch or not
+        if ranks.many() and loss.total.grad_fn is not None:  # all add up gradients of the same weights, used or not
             here = [weights[n] for n in self.names if n in own and not isinstance(weights[n], DTensor)]
             parts["unused"] = torch.stack([p.flatten()[:0].sum() for p in here]).sum() if here else 0 * loss.total
         return parts, loss.figures

@@ -33,7 +33,7 @@ class Optimization:
     clip: float = 1.0  # largest norm of the gradient
     accumulate: int = 1  # batches whose gradients make one step; several processes share them out
     average: float = 0.0  # decay of the averaged weights that are validated and kept; 0 keeps the last
-    dtype: str = "auto"  # of the matrix products: auto is bfloat16 where the hardware has it
+    dtype: str = "auto"  # of products: auto is bfloat16 where the hardware has it; float64 is that of weights too
     log_every: int = 20
     validate_every: int = 500
     sample_every: int = 1000
@@ -45,13 +45,15 @@ class Optimization:
             < 1
         ):
             raise ConfigError("optimization: steps, accumulate and the *_every intervals must be 1 or more")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise ConfigError(f"optimization.dtype is {self.dtype!r}; expected auto, float32 or bfloat16")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float64"):
+            raise ConfigError(f"optimization.dtype is {self.dtype!r}; expected auto, float32, bfloat16 or float64")
         if not self.lr > 0 or not 0 <= self.average < 1:
             raise ConfigError("optimization: lr must be above 0, average from 0 to below 1")
 
     def product_dtype(self, device: torch.device) -> torch.dtype:
         """Type of the matrix products."""
+        if self.dtype == "float64":
+            return torch.float64
         short = self.dtype == "bfloat16" or (self.dtype == "auto" and fast_bfloat16(device))
         return torch.bfloat16 if short else torch.float32
 

@@ -76,7 +76,7 @@ class Setting:
             self._begin(self._module(modules, name), name, source)
         for name in self.recipe.freeze:
             self._module(modules, name).requires_grad_(False)
-        return modules.to(self.device)
+        return modules.to(self.device, torch.float64 if self.recipe.optimization.dtype == "float64" else None)
 
     def _begin(self, module: nn.Module, name: str, source: str) -> None:
         """Fill a module from an earlier run, or from a checkpoint: a folder or a Hub id, told by its slash.
