@@ -4,7 +4,6 @@ The tests marked `scale` start real processes through torchrun (make scale); the
 """
 
 import errno
-import json
 import os
 import random
 import resource
@@ -37,7 +36,7 @@ from antiphon.train.data import READ
 from antiphon.train.loop import BEST, LOG, STATE, Run, sum_of, train
 from antiphon.train.price import price
 from antiphon.train.recipe import Devices, Recipe
-from antiphon.train.run import read_course
+from antiphon.train.run import STAGES, read_course
 from antiphon.train.stages.aut import AuTStage
 from antiphon.train.stages.common import Setting
 from antiphon.train.stages.thinker import collate_talks, hear_talks
@@ -385,31 +384,54 @@ def test_a_full_disk_stops_all_processes_with_one_sentence(tones):
     assert not list((runs / "course/full").glob(f"{FOLDER}/*[0-9]"))
 
 
+FEW = {"steps": 2, "accumulate": 2, "warmup": 1, "validate_every": 2, "sample_every": 2, "save_every": 2}
+RUNS = {"aut": "base", "thinker": "base", "codec": "codec"}  # in the place of the released checkpoints
+
+
+def small(recipe: Recipe) -> dict[str, Any]:
+    """A recipe of the released size with digits to learn, tiny boxes and two steps; all else as it is."""
+    table = plain(asdict(recipe)) | {"model": "digits.json", "threads": 1}
+    table["init"] = {box: RUNS[box] if "/" in run else run for box, run in recipe.init.items()}
+    table["options"] |= {"validated": 2}
+    if "decoder" in recipe.options:
+        table["options"]["decoder"] = {"layers": 1, "heads": 4, "ffn_dim": 96}
+    if "speaker" in recipe.options:
+        table["options"]["speaker"] = {"channels": 32, "attention": 16}
+    table["data"]["mix"] = [source | {"cuts": "digits.jsonl.gz"} for source in table["data"]["mix"]]
+    table["data"]["validation"] = [source | {"cuts": "digits-valid.jsonl.gz"} for source in table["data"]["validation"]]
+    table["data"]["batch_seconds"] = min(8.0, recipe.data.batch_seconds)
+    table["optimization"] |= FEW
+    return table
+
+
 @pytest.mark.scale
-def test_every_stage_runs_in_two_processes(tmp_path):
-    """The course of digits with two steps of each stage, and of the end of a turn."""
-    course = read_course(DIGITS)
-    sets = {name: replace(s, count=24 if "valid" not in name else 2) for name, s in course.corpus.items()}
+def test_every_stage_and_every_recipe_of_the_released_size_runs_in_two_processes(tmp_path):
+    digits, release = read_course(DIGITS), read_course(RELEASE)
+    sets = {name: replace(s, count=24 if "valid" not in name else 2) for name, s in digits.corpus.items()}
     make_corpus(sets, tmp_path / "cuts/two", 1, lambda done, of: None)
-    few = {"steps": 2, "accumulate": 2, "validate_every": 2, "sample_every": 2, "save_every": 2, "dtype": "float32"}
-    turn = Recipe("turn", "turn", course.recipes[1].data, course.recipes[1].optimization, init={"aut": "thinker"})
-    runs = [r for r in [*course.recipes, replace(turn, model="digits.json")] if r.stage != "export"]
-    runs = [replace(r, threads=1, data=replace(r.data, batch_seconds=min(8.0, r.data.batch_seconds))) for r in runs]
-    table = [plain(asdict(r)) for r in runs]
-    for run in table:
-        run["optimization"] = run["optimization"] | few if run["stage"] != "tokenizer" else few | {"lr": 1.0}
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump({"runs": table}))
-    shutil.copy(DIGITS.parent / "digits.json", tmp_path)
-    shutil.copy(DIGITS.parent / "codec.json", tmp_path)
+    first = {r.name: small(r) for r in digits.recipes if r.name in ("codec", "code2wav", "thinker")}
+    first["thinker"]["name"] = "base"
+    ours = {r.name: small(r) for r in release.recipes}
+    turn = replace(release.recipes[0], name="turn", stage="turn", options={}, init={"aut": "thinker"})
+    tokenizer = {"name": "tokenizer", "stage": "tokenizer", "data": {"mix": [{"cuts": "digits.jsonl.gz"}]}}
+    tokenizer |= {"model": "digits.json"}
+    runs = [ours.pop("aut"), first["codec"], first["thinker"], *ours.values(), first["code2wav"], small(turn)]
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump({"runs": [tokenizer, *runs]}))
+    for name in ("digits.json", "codec.json"):
+        shutil.copy(DIGITS.parent / name, tmp_path)
     status, said = finish(launch(tmp_path, tmp_path / "two.yaml", tmp_path / "runs", 2))
     assert status == 0, said
-    for run in runs[1:]:
-        folder = tmp_path / "runs/two" / run.name
-        assert steps_of(folder) == ["00000002"], run.name
-        assert (folder / BEST).exists(), run.name
-        assert all(t.isfinite().all() for t in state_in(folder).values()), run.name
-    log = [json.loads(line) for line in (tmp_path / "runs/two/thinker" / LOG).read_text().splitlines()]
-    assert log[-1]["answering"] > 0
+    assert {run["stage"] for run in runs} == STAGES.keys()
+    for run in runs:
+        folder = tmp_path / "runs/two" / run["name"]
+        assert steps_of(folder) == ["00000002"], run["name"]
+        assert (folder / BEST).exists(), run["name"]
+        assert all(t.isfinite().all() for t in state_in(folder).values()), run["name"]
+    begun, ended = (state_in(tmp_path / "runs/two" / name) for name in ("base", "adapter"))
+    still = [n for n in begun if n.startswith("model.") and torch.equal(begun[n], ended[n])]
+    assert {n for n in begun if n.startswith("model.")} - set(still) == {
+        f"model.aut.{name}.{kind}" for name in ("proj1", "proj2") for kind in ("weight", "bias")
+    }
 
 
 # ------------------------------------------------------------------------------------------ what it takes
