@@ -58,10 +58,10 @@ class TinyStage:
     def players(self) -> dict[str, list[str]]:
         return {"maker": ["maker"], "judge": ["judge"]}
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        if self.missing <= step < 10**6:
+    def batch(self, number: int) -> tuple[Tensor, Tensor]:
+        if self.missing <= number < 10**6:
             raise InputError("the disk is gone")
-        x = torch.randn(16, 6, generator=torch.Generator().manual_seed(7919 * step + 3))
+        x = torch.randn(16, 6, generator=torch.Generator().manual_seed(7919 * number + 3))
         return x, torch.tanh(2 * x @ self.turn)
 
     def counts(self, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
@@ -879,10 +879,10 @@ def test_accumulated_steps_share_no_batch(tmp_path):
     drawn = list[int]()
 
     class Counted(TinyStage):
-        def batch(self, step: int) -> tuple[Tensor, Tensor]:
-            if step < 10**6:
-                drawn.append(step)
-            return super().batch(step)
+        def batch(self, number: int) -> tuple[Tensor, Tensor]:
+            if number < 10**6:
+                drawn.append(number)
+            return super().batch(number)
 
     recipe = replace(TINY, optimization=replace(PLAN, steps=5, accumulate=3))
     train(Counted(recipe), recipe, tmp_path, quiet=True)

@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 import yaml
 from torch import Tensor, distributed
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.distributed_c10d import HashStore
 
 from antiphon.errors import ConfigError, InputError, WeightsError
 from antiphon.files import read_safetensors
@@ -55,7 +56,7 @@ TWO = replace(aut_recipe(), optimization=replace(aut_recipe().optimization, step
 @contextmanager
 def one_of_one() -> Iterator[None]:
     """This process as torchrun would start it alone: weights are shared out, among one."""
-    distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
+    distributed.init_process_group("gloo", rank=0, world_size=1, store=HashStore())
     try:
         yield
     finally:
@@ -78,7 +79,7 @@ def state_in_parts(folder: Path) -> dict[str, Tensor]:
     state = {
         n: torch.empty(t.size, dtype=t.properties.dtype) for n, t in stored if isinstance(t, TensorStorageMetadata)
     }
-    dcp.load(state, storage_reader=reader, no_dist=True)
+    load(state, storage_reader=reader, no_dist=True)
     return state
 
 
@@ -219,6 +220,7 @@ def saved_bytes() -> Iterator[list[int]]:
 def test_a_loss_is_the_mean_over_all_tokens_of_a_step_and_not_of_its_batches_means(tones):
     """Two batches of unequal length, and the same clips as one batch: the same gradient."""
     stage = aut_of(tones, TWO)
+    assert stage.mix is not None
     clips = [stage.read(e) for e in sorted(stage.mix.examples, key=lambda e: len(e.text))]
     short, long = stage.collate(clips[:2], 1), stage.collate(clips[5:], 1)
     assert stage.counts(short)["attention"] < 0.3 * stage.counts(long)["attention"]
@@ -337,7 +339,7 @@ def test_one_process_and_two_come_to_the_same_weights(tones):
     status, said = finish(launch(tones, tones / "course/exact.yaml", runs[1], 2))
     assert status == 0, said
     one, two = (state_in(path / "course/exact") for path in runs)
-    kept = [n for n in one if one[n].abs().max() > 1e-12]  # the moments of those biases are rounding and nothing else
+    kept = [n for n in one if one[n].abs().max() > 1e-9]  # those biases and their moments are rounding and nothing else
     difference = apart({n: one[n] for n in kept}, {n: two[n] for n in kept})
     print(f"largest difference after 20 steps: {difference:.1e} of a tensor's largest value, {len(kept)} tensors")
     assert difference < 1e-6

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, distributed, nn
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from antiphon.errors import WeightsError
 from antiphon.files import read_header, read_metadata, read_safetensors, write_safetensors, write_text
@@ -53,7 +54,7 @@ class Checkpoint:
     def read(self, tensors: dict[str, Tensor]) -> None:
         """Fill tensors in place, each process its part of them."""
         if self.path.is_dir():
-            dcp.load(tensors, storage_reader=FileSystemReader(self.path))
+            load(tensors, storage_reader=FileSystemReader(self.path))
             return
         found = read_safetensors(self.path)
         for name, tensor in tensors.items():
@@ -65,7 +66,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, devices: Devices) -> None:
         self.folder, self.devices = folder, devices
-        self.group = distributed.new_group(backend="gloo") if ranks.many() else None  # apart from what steps say
+        self.group: Any = distributed.new_group(backend="gloo") if ranks.many() else None  # apart from what steps say
         self.writing: tuple[Path, Future[Any]] | None = None
         self.size = 0  # bytes of this process's part
 
@@ -99,7 +100,7 @@ class Checkpoints:
             write_text(part / ABOUT, json.dumps(about))
         ranks.told(None)
         self.size = sum(shards.local(t).nbytes for t in tensors.values())
-        future = dcp.async_save(tensors, storage_writer=FileSystemWriter(part), process_group=self.group)
+        future = async_save(tensors, storage_writer=FileSystemWriter(part), process_group=self.group)
         assert isinstance(future, Future)
         self.writing = part, future
 
@@ -185,7 +186,7 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, path: Pa
     module.load_state_dict(tensors)
 
 
-def check_fit(module: nn.Module, found: Mapping[str, list[int]], prefix: str, path: Path) -> None:
+def check_fit(module: nn.Module, found: dict[str, list[int]], prefix: str, path: Path) -> None:
     """See that tensors of these shapes are those of `module`.
 
     Raises:

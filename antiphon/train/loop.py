@@ -181,7 +181,7 @@ class Run:
         self.device = next(stage.modules.parameters()).device
         if recipe.devices.recompute:
             shards.recompute(stage.modules)
-        shards.share_out(self.losses, self.device, plan.product_dtype(self.device))
+        shards.share_out(self.losses, self.device)
         parameters = dict(stage.modules.named_parameters())
         self.weights = {n: parameters[n] for n in self.losses.names}
         self.players = {
@@ -293,9 +293,8 @@ class Run:
 
     def alone(self, work: Callable[[], Made]) -> Made:
         """What rank 0 makes with all weights at hand, told to the others, which wait."""
-        plan, short = self.recipe.optimization, ranks.many()  # layers were gathered in the type of products
         with torch.no_grad(), shards.gathered(self.losses):
-            with torch.inference_mode(), plan.autocast(self.device) if short else contextlib.nullcontext():
+            with torch.inference_mode():
                 made = [work()] if ranks.rank() == 0 else []
             return ranks.told(made)[0]
 

@@ -37,19 +37,13 @@ def recompute(modules: nn.Module) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def share_out(root: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Leave a part of each weight of `root` to each process; layers are gathered in `dtype` where it is shorter.
-
-    Gradients are added up over the processes, in the weights' own type.
-    """
+def share_out(root: nn.Module, device: torch.device) -> None:
+    """Leave a part of each weight of `root` to each process; gradients are added up over all of them."""
     if not ranks.many():
         return
-    mesh, layers = init_device_mesh(device.type, (ranks.world(),)), stacked(root)
-    short = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    for layer in layers:
-        policy = short if dtype == torch.bfloat16 else MixedPrecisionPolicy(cast_forward_inputs=False)
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(root, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    mesh = init_device_mesh(device.type, (ranks.world(),))
+    for module in (*stacked(root), root):  # types are what autocast makes of them, as in one process
+        fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     for module in shared_out(root):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
@@ -79,7 +73,7 @@ def gathered(root: nn.Module) -> Iterator[None]:
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
