@@ -46,6 +46,7 @@ from tests.models import CPU
 from tests.test_train_loop import PLAN, TINY, TinyStage, aut_recipe, lines, state_of, write_tones
 
 DIGITS = Path(__file__).parent.parent / "recipes/tiny/digits.yaml"
+SAID = "said.txt"  # what processes wrote on standard error
 RELEASE = DIGITS.parent.parent / "release"
 TWO = replace(aut_recipe(), optimization=replace(aut_recipe().optimization, steps=20, accumulate=2, log_every=1))
 
@@ -134,13 +135,13 @@ def launch(folder: Path, recipe: Path, runs: Path, processes: int, restarts: int
     command += [f"--max-restarts={restarts}", "--monitor-interval=0.1", "-m", "antiphon.train", str(recipe)]
     command += ["--cuts", str(folder / "cuts"), "--runs", str(runs), "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, **more)
+    with (runs / SAID).open("w") as said:
+        return subprocess.Popen(command, env=environment, stderr=said, **more)
 
 
-def finish(process: subprocess.Popen) -> tuple[int, str]:
+def finish(process: subprocess.Popen, runs: Path) -> tuple[int, str]:
     """Exit status and what it said."""
-    _, said = process.communicate(timeout=600)
-    return process.returncode, said
+    return process.wait(timeout=900), (runs / SAID).read_text()
 
 
 def workers(process: subprocess.Popen) -> list[int]:
@@ -336,7 +337,7 @@ def test_one_process_and_two_come_to_the_same_weights(tones):
     (tones / "course/exact.yaml").write_text(yaml.safe_dump(plain(asdict(recipe))))
     runs = [beside(tones, name) for name in ("by-one", "by-two")]
     train(aut_of(tones, recipe), recipe, runs[0] / "course/exact", quiet=True)
-    status, said = finish(launch(tones, tones / "course/exact.yaml", runs[1], 2))
+    status, said = finish(launch(tones, tones / "course/exact.yaml", runs[1], 2), runs[1])
     assert status == 0, said
     one, two = (state_in(path / "course/exact") for path in runs)
     kept = [n for n in one if one[n].abs().max() > 1e-9]  # those biases and their moments are rounding and nothing else
@@ -349,7 +350,7 @@ def test_one_process_and_two_come_to_the_same_weights(tones):
 @pytest.mark.scale
 def test_any_process_killed_at_a_random_step_and_all_started_again_end_with_the_same_bits(tones):
     whole, killed = beside(tones, "whole"), beside(tones, "killed")
-    assert finish(launch(tones, tones / "course/aut.yaml", whole, 2))[0] == 0
+    assert finish(launch(tones, tones / "course/aut.yaml", whole, 2), whole)[0] == 0
     process, log = launch(tones, tones / "course/aut.yaml", killed, 2, restarts=2), killed / "course/aut" / LOG
     for step in sorted(random.SystemRandom().sample(range(2, 20), 2)):
         wait_for(log, step, process)
@@ -358,7 +359,7 @@ def test_any_process_killed_at_a_random_step_and_all_started_again_end_with_the_
         os.kill(victim, signal.SIGKILL)
         while victim in workers(process):
             time.sleep(0.02)
-    status, said = finish(process)
+    status, said = finish(process, killed)
     assert status == 0, said
     assert not same_bits(*(state_in(path / "course/aut") for path in (whole, killed)))
     assert not same_bits(*(read_safetensors(path / "course/aut" / BEST) for path in (whole, killed)))
@@ -380,7 +381,7 @@ def test_a_full_disk_stops_all_processes_with_one_sentence(tones):
         2,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
     )
-    status, said = finish(process)
+    status, said = finish(process, runs)
     assert status != 0
     assert "cannot be written (File too large)" in " ".join(said.split())
     assert not list((runs / "course/full").glob(f"{FOLDER}/*[0-9]"))
@@ -421,7 +422,9 @@ def test_every_stage_and_every_recipe_of_the_released_size_runs_in_two_processes
     (tmp_path / "two.yaml").write_text(yaml.safe_dump({"runs": [tokenizer, *runs]}))
     for name in ("digits.json", "codec.json"):
         shutil.copy(DIGITS.parent / name, tmp_path)
-    status, said = finish(launch(tmp_path, tmp_path / "two.yaml", tmp_path / "runs", 2))
+    (tmp_path / "runs").mkdir()
+    process = launch(tmp_path, tmp_path / "two.yaml", tmp_path / "runs", 2)
+    status, said = finish(process, tmp_path / "runs")
     assert status == 0, said
     assert {run["stage"] for run in runs} == STAGES.keys()
     for run in runs:

@@ -50,11 +50,11 @@ def joined(device: str) -> Iterator[torch.device]:
     own = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
     if own.type == "cuda":
         torch.cuda.set_device(own)
-    store, rank, world = next(rendezvous("env://", timeout=WAIT))
+    store, place, count = next(rendezvous("env://", timeout=WAIT))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # one for all attempts: in it are those that died, too
         store = PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
-    distributed.init_process_group(backend, timeout=WAIT, store=store, rank=rank, world_size=world)
+    distributed.init_process_group(backend, timeout=WAIT, store=store, rank=place, world_size=count)
     yield own
     distributed.destroy_process_group()  # not after an error: the others may be in the middle of something
 
