@@ -26,7 +26,6 @@ from torch import Tensor, distributed
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.distributed_c10d import HashStore
 
 from antiphon.errors import ConfigError, InputError, WeightsError
 from antiphon.files import read_safetensors
@@ -57,7 +56,8 @@ TWO = replace(aut_recipe(), optimization=replace(aut_recipe().optimization, step
 @contextmanager
 def one_of_one() -> Iterator[None]:
     """This process as torchrun would start it alone: weights are shared out, among one."""
-    distributed.init_process_group("gloo", rank=0, world_size=1, store=HashStore())
+    store = distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
     try:
         yield
     finally:
