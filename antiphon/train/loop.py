@@ -34,6 +34,7 @@ from torch.distributed.tensor import DTensor
 from antiphon.errors import ConfigError
 from antiphon.train import ranks, shards
 from antiphon.train.checkpoints import BEST, STATE, Checkpoints, check_fit, write_file
+from antiphon.train.lora import adapt, merged
 from antiphon.train.recipe import Optimization, Recipe
 
 __all__ = ["BEST", "LOG", "STATE", "Figures", "Loss", "Run", "Stage", "sum_of", "train"]
@@ -168,6 +169,7 @@ class Run:
     def __init__(self, stage: Stage, recipe: Recipe, folder: Path) -> None:
         self.stage, self.recipe, self.folder = stage, recipe, folder
         self.step, self.best = 0, math.inf
+        adapt(stage.modules, recipe)
         self.losses = Losses(stage)
         for player, names in self.losses.players.items():
             if not names:
@@ -308,7 +310,7 @@ class Run:
                 about = {"step": self.step, "recipe": self.recipe.fingerprint, "figures": figures}
                 weights = shards.whole(self.stage.modules.state_dict())
                 if ranks.rank() == 0:
-                    write_file(self.folder / BEST, weights, {"run": json.dumps(about)})
+                    write_file(self.folder / BEST, merged(weights, self.recipe.lora.scale), {"run": json.dumps(about)})
         return figures
 
     def show(self, folder: Path, board: Any) -> None:

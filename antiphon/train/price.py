@@ -9,6 +9,7 @@ it visits. Talking between devices, reading and validating are not counted.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,15 @@ from antiphon.speaker import SpeakerConfig, SpeakerEncoder
 from antiphon.thinker import Thinker
 from antiphon.train import shards
 from antiphon.train.data import READ
+from antiphon.train.lora import adapt
 from antiphon.train.recipe import Recipe, read_fields
 from antiphon.train.run import Course
+from antiphon.train.stages.speech import ALONE
 from antiphon.train.text import CONFIG_IDS, fill_ids
 from antiphon.turn import TurnConfig, TurnEnd
 
 META = torch.device("meta")
 KEPT = 4  # bytes of a number of a weight, its gradient, each of its two moments, its average
-SPOKEN = ("say",)  # tasks of the speech stage that have no conversation before them
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ def price(recipe: Recipe, folder: Path, devices: int) -> Price:
         laid = LAYOUTS[recipe.stage](recipe, config)
     for name in recipe.freeze:
         laid.modules.get_submodule(name).requires_grad_(False)
+    with META:
+        adapt(laid.modules, recipe)
     weights = {n: p for n, p in laid.modules.named_parameters() if p.requires_grad}
     trained = sum(p.numel() for n, p in weights.items() if n.startswith(tuple(laid.trained)))
     whole = sum(p.numel() for p in laid.modules.parameters())
@@ -225,7 +229,7 @@ def _speech(recipe: Recipe, config: OmniConfig) -> Laid:
     speech, aut, thinker = Speech(config.talker, config.code2wav), AuT(config.audio), Thinker(config.text)
     sizes = {"width": config.talker.text.hidden_size, **recipe.options.get("speaker", {})}
     speaker, talks = SpeakerEncoder(read_fields(SpeakerConfig, sizes, "speaker")), recipe.data.mix
-    hears = any(source.task not in SPOKEN for source in talks)
+    hears = any(source.task not in ALONE for source in talks)
     share = recipe.options.get("mtp_share", 0.25)
     books, rate = config.talker.num_code_groups, config.code2wav.sample_rate / config.code2wav.frame_samples
 
@@ -244,6 +248,19 @@ def _speech(recipe: Recipe, config: OmniConfig) -> Laid:
 
     modules = nn.ModuleDict({"talker": speech.talker, "mtp": speech.mtp, "speaker": speaker})
     return Laid(modules, [thinker.requires_grad_(False), aut.requires_grad_(False)], list(modules), loss)
+
+
+def _preference(recipe: Recipe, config: OmniConfig) -> Laid:
+    laid = _speech(recipe, config)
+    before = [deepcopy(laid.modules[name]).requires_grad_(False) for name in ("talker", "mtp")]
+    laid.modules["speaker"].requires_grad_(False)
+
+    def loss() -> Tensor:
+        with torch.no_grad():
+            laid.loss()
+        return laid.loss()
+
+    return Laid(laid.modules, [*laid.beside, *before], ["talker", "mtp"], loss)
 
 
 def _turn(recipe: Recipe, config: OmniConfig) -> Laid:
@@ -273,6 +290,7 @@ LAYOUTS: dict[str, Callable[[Recipe, OmniConfig], Laid]] = {
     "aut": _aut,
     "thinker": _thinker,
     "speech": _speech,
+    "preference": _preference,
     "turn": _turn,
 }
 

@@ -95,6 +95,20 @@ class Devices:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Thin matrices that are trained in the place of the weights to which their products are added."""
+
+    rank: int = 0  # of the products; 0 trains the weights themselves
+    scale: float = 2.0  # of the products
+    modules: tuple[str, ...] = ()  # that stand still but for these, such as thinker.model.layers
+    linears: tuple[str, ...] = ("qkv_proj", "o_proj")  # the maps in them that get any
+
+    def __post_init__(self) -> None:
+        if self.rank < 0 or bool(self.rank) != bool(self.modules):
+            raise ConfigError("lora: rank must be 1 or more, and modules must name what it is for")
+
+
+@dataclass(frozen=True)
 class Source:
     """One line of a mix: lhotse cuts, their share of the seconds, and what is asked of them."""
 
@@ -118,7 +132,7 @@ class Data:
 NO_OPTIMIZATION = Optimization(1, 1.0)  # of a tokenizer, which has no weights
 
 
-WITHOUT_WEIGHTS = ("tokenizer", "label", "echo", "export")  # stages that train none
+WITHOUT_WEIGHTS = ("tokenizer", "label", "echo", "pairs", "export")  # stages that train none
 
 
 @dataclass(frozen=True)
@@ -133,6 +147,7 @@ class Recipe:
     options: dict[str, Any] = field(default_factory=dict)  # what only this stage knows
     init: dict[str, str] = field(default_factory=dict)  # module -> run it starts from
     freeze: tuple[str, ...] = ()  # modules that do not move
+    lora: Lora = Lora()  # modules that move in few dimensions
     seed: int = 0
     threads: int = 1
     devices: Devices = Devices()
@@ -144,7 +159,8 @@ class Recipe:
     @property
     def fingerprint(self) -> str:
         """Changes with everything that changes the weights."""
-        changing = {name: value for name, value in dataclasses.asdict(self).items() if name != "devices"}
+        without = {"devices"} if self.lora.rank else {"devices", "lora"}
+        changing = {name: value for name, value in dataclasses.asdict(self).items() if name not in without}
         text = json.dumps(changing, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

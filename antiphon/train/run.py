@@ -20,10 +20,12 @@ from antiphon.train.export import export
 from antiphon.train.keep import put_back
 from antiphon.train.label import label
 from antiphon.train.loop import Stage, train
+from antiphon.train.pairs import pairs
 from antiphon.train.recipe import WITHOUT_WEIGHTS, Recipe, read_fields, read_recipe, read_yaml_table
 from antiphon.train.stages.aut import AuTStage
 from antiphon.train.stages.codec import CODEC_SIZES, Code2WavStage, CodecStage
 from antiphon.train.stages.common import Setting
+from antiphon.train.stages.preference import PreferenceStage
 from antiphon.train.stages.speech import SpeechStage
 from antiphon.train.stages.thinker import ThinkerStage
 from antiphon.train.stages.turn import TurnStage
@@ -35,6 +37,7 @@ STAGES: dict[str, Callable[[Setting], Stage]] = {
     "code2wav": Code2WavStage,
     "thinker": ThinkerStage,
     "speech": SpeechStage,
+    "preference": PreferenceStage,
     "turn": TurnStage,
 }
 say = Console(stderr=True, highlight=False)
@@ -105,7 +108,7 @@ def train_recipe(
     """Train one recipe to its end; `beside` is the folder of the files it names."""
     folder, setting = runs / recipe.name, Setting(recipe, cuts, runs, device)
     if recipe.stage not in (*WITHOUT_WEIGHTS, *STAGES):
-        known = ", ".join(("tokenizer", "label", "echo", *STAGES, "export"))
+        known = ", ".join(("tokenizer", "label", "echo", "pairs", *STAGES, "export"))
         raise ConfigError(f"{recipe.name}: stage is {recipe.stage!r}; expected one of {known}")
     if recipe.stage in STAGES:
         torch.set_num_threads(recipe.threads)
@@ -129,6 +132,9 @@ def _make(setting: Setting, beside: Path, folder: Path, quiet: bool) -> None:
     elif recipe.stage == "label":
         kept, found = label(setting, quiet=quiet)
         say.print(f"{recipe.name}: kept {kept:,} of {found:,} transcripts")
+    elif recipe.stage == "pairs":
+        made, found = pairs(setting, quiet=quiet)
+        say.print(f"{recipe.name}: {made:,} pairs of {found:,} sentences")
     else:
         say.print(f"{recipe.name}: {echo(setting, quiet=quiet):,} recordings as the codec gives them back")
 
