@@ -388,7 +388,8 @@ def test_a_full_disk_stops_all_processes_with_one_sentence(tones):
 
 
 FEW = {"steps": 2, "accumulate": 2, "warmup": 1, "validate_every": 2, "sample_every": 2, "save_every": 2}
-RUNS = {"aut": "base", "thinker": "base", "codec": "codec"}  # in the place of the released checkpoints
+RUNS = {"aut": "base", "thinker": "base", "codec": "codec"}  # in the place of the released checkpoints,
+RUNS |= {"talker": "talker", "mtp": "talker"}
 
 
 def small(recipe: Recipe) -> dict[str, Any]:
@@ -400,8 +401,9 @@ def small(recipe: Recipe) -> dict[str, Any]:
         table["options"]["decoder"] = {"layers": 1, "heads": 4, "ffn_dim": 96}
     if "speaker" in recipe.options:
         table["options"]["speaker"] = {"channels": 32, "attention": 16}
-    table["data"]["mix"] = [source | {"cuts": "digits.jsonl.gz"} for source in table["data"]["mix"]]
-    table["data"]["validation"] = [source | {"cuts": "digits-valid.jsonl.gz"} for source in table["data"]["validation"]]
+    for part, cuts in (("mix", "digits.jsonl.gz"), ("validation", "digits-valid.jsonl.gz")):
+        for source in table["data"][part]:
+            source["cuts"] = "pairs.jsonl.gz" if source["task"] == "prefer" else cuts
     table["data"]["batch_seconds"] = min(8.0, recipe.data.batch_seconds)
     table["optimization"] |= FEW
     return table
@@ -418,8 +420,23 @@ def test_every_stage_and_every_recipe_of_the_released_size_runs_in_two_processes
     turn = replace(release.recipes[0], name="turn", stage="turn", options={}, init={"aut": "thinker"})
     tokenizer = {"name": "tokenizer", "stage": "tokenizer", "data": {"mix": [{"cuts": "digits.jsonl.gz"}]}}
     tokenizer |= {"model": "digits.json"}
-    runs = [ours.pop("aut"), first["codec"], first["thinker"], *ours.values(), first["code2wav"], small(turn)]
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump({"runs": [tokenizer, *runs]}))
+    runs = [ours.pop("aut"), first["codec"], first["thinker"], first["code2wav"]]
+    last = [ours.pop("talker-preference")]
+    runs += [*ours.values(), small(turn)]
+    said = {"decoder": "aut", "code2wav": "code2wav", "talker": "talker", "mtp": "talker", "speaker": "talker"}
+    sizes = {name: ours["talker"]["options"][name] for name in ("speaker",)} | {
+        "decoder": runs[0]["options"]["decoder"]
+    }
+    pairs = {
+        "name": "pairs",
+        "stage": "pairs",
+        "init": RUNS | said,
+        "data": {"mix": [{"cuts": "digits-valid.jsonl.gz"}]},
+    }
+    pairs |= {"model": "digits.json", "options": {"out": "pairs.jsonl.gz", "takes": 2, "apart": 0.0, **sizes}}
+    pairs["init"].pop("codec")
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump({"runs": [tokenizer, *runs, pairs, *last]}))
+    runs += last
     for name in ("digits.json", "codec.json"):
         shutil.copy(DIGITS.parent / name, tmp_path)
     (tmp_path / "runs").mkdir()
