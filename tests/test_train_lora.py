@@ -1,5 +1,6 @@
 """LoRA: only the thin matrices move, and what a run leaves behind has them in the weights, under the weights' names."""
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def test_they_are_shared_out_like_other_weights(whole, tmp_path):
 
 def test_thinker_and_talker_say_the_same_with_them_in_the_weights():
     """In every map that is adapted, with a residual and without, after steps that moved all of them."""
-    model = omni(seed=4)
+    model, again = deepcopy(omni(seed=4)), deepcopy(omni(seed=4))
     speech = model.speaking()
     boxes = torch.nn.ModuleDict({"thinker": model.thinker, "talker": speech.talker})
     lora = Lora(2, 0.7, ("thinker.model.layers", "talker.model.layers"), ("qkv_proj", "o_proj", "gate_up_proj"))
@@ -84,7 +85,6 @@ def test_thinker_and_talker_say_the_same_with_them_in_the_weights():
     assert not any(p.requires_grad for n, p in boxes.named_parameters() if ".layers." in n and n not in moving)
     sum(z.square().sum() for z in (model.thinker(x)[0], speech.talker(y))).backward()
     assert all(p.grad is not None and p.grad.any() for p in moving.values())
-    again = omni(seed=4)
     for box, name in ((again.thinker, "thinker"), (again.speaking().talker, "talker")):
         tensors = {n.removeprefix(f"{name}."): t for n, t in boxes.state_dict().items() if n.startswith(f"{name}.")}
         box.load_state_dict(merged(tensors, lora.scale))
