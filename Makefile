@@ -42,7 +42,7 @@ load: $(STAMP)
 	OMP_NUM_THREADS=1 ANTIPHON_LOAD_SECONDS=$(SECONDS) ANTIPHON_LOAD_CONVERSATIONS=$(CONVERSATIONS) \
 		$(BIN)/pytest -m load -s tests/test_load.py
 
-## jobs of a cluster on this machine: labelling that is killed five times, replicas of the server of which one is
+## jobs of a cluster on this machine: labelling, training in two processes and replicas of the server are killed and go on
 scale: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m scale -s tests
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from antiphon.config import CodecConfig
 from antiphon.errors import InputError
@@ -223,15 +223,16 @@ class Codebook(nn.Module):
 
     def forward(self, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Nearest codes [N] of x [N, D] and their vectors [N, D]; with a generator the codebook learns from x."""
+        seen = x if generator is None else _everywhere(x)
         if generator is not None and not self.initialized:
-            average = self.cluster_usage.new_tensor(len(x) / len(self.cluster_usage))
-            self._draw(torch.ones_like(self.cluster_usage, dtype=torch.bool), average, x, generator)
+            average = self.cluster_usage.new_tensor(len(seen) / len(self.cluster_usage))
+            self._draw(torch.ones_like(self.cluster_usage, dtype=torch.bool), average, seen, generator)
             self.initialized.fill_(1)
         vectors = self.vectors
         # as a matrix product this would round differently with the number of rows, and dead codes are exact ties
         codes = torch.cdist(x, vectors, compute_mode="donot_use_mm_for_euclid_dist").argmin(-1)
         if generator is not None:
-            self._learn(x, codes, generator)
+            self._learn(seen, _everywhere(codes), generator)
         return codes, vectors[codes]
 
     def _learn(self, x: Tensor, codes: Tensor, generator: torch.Generator) -> None:
@@ -251,6 +252,15 @@ class Codebook(nn.Module):
         usage = NEW_SHARE * average
         self.embed_sum.copy_(torch.where(chosen[:, None], drawn * usage, self.embed_sum))
         self.cluster_usage.copy_(torch.where(chosen, usage, self.cluster_usage))
+
+
+def _everywhere(x: Tensor) -> Tensor:
+    """The rows of x in all processes that train together, as many in each: codebooks stay the same in all of them."""
+    if not distributed.is_available() or not distributed.is_initialized():
+        return x
+    each = [torch.empty_like(x) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(each, x.contiguous())
+    return torch.cat(each)
 
 
 class ResidualQuantizer(nn.Module):

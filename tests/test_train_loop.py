@@ -58,11 +58,14 @@ class TinyStage:
     def players(self) -> dict[str, list[str]]:
         return {"maker": ["maker"], "judge": ["judge"]}
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        if self.missing <= step < 10**6:
+    def batch(self, number: int) -> tuple[Tensor, Tensor]:
+        if self.missing <= number < 10**6:
             raise InputError("the disk is gone")
-        x = torch.randn(16, 6, generator=torch.Generator().manual_seed(7919 * step + 3))
+        x = torch.randn(16, 6, generator=torch.Generator().manual_seed(7919 * number + 3))
         return x, torch.tanh(2 * x @ self.turn)
+
+    def counts(self, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
+        return {}
 
     def loss(self, player: str, batch: tuple[Tensor, Tensor], step: int) -> Loss:
         x, wanted = batch
@@ -630,9 +633,9 @@ def lengths(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def mix_of(folder: Path, *, seconds: float = 60.0, seed: int = 1, rank: int = 0, world: int = 1) -> Mix:
+def mix_of(folder: Path, *, seconds: float = 60.0, seed: int = 1, together: int = 1) -> Mix:
     sources = tuple(Source(f"{name}.jsonl.gz", weight) for name, weight in SHARES.items())
-    return Mix(Data(sources, batch_seconds=seconds), sources, folder, seed, rank, world)
+    return Mix(Data(sources, batch_seconds=seconds), sources, folder, seed, together)
 
 
 def ids(mix: Mix, step: int) -> list[str]:
@@ -672,57 +675,52 @@ def test_every_batch_keeps_the_shares_of_its_lengths(lengths):
     assert mixed > 200
 
 
-def test_the_ranks_draw_other_examples_that_keep_the_shares_together(lengths):
-    ranks, same, whole = [mix_of(lengths, rank=rank, world=3) for rank in range(3)], 0, 0
+def test_the_batches_of_a_step_keep_the_shares_together(lengths):
+    mix, same, whole = mix_of(lengths, together=3), 0, 0
     for step in range(200):
-        drawn = [mix.draw(step) for mix in ranks]
+        drawn = [mix.draw(3 * step + part) for part in range(3)]
         assert len({len(examples) for examples in drawn}) == 1
         examples = [e for own in drawn for e in own]
-        bucket = int(np.searchsorted(ranks[0].edges, max(e.cut.duration for e in examples)))
-        expected = ranks[0].rates[:, bucket] / ranks[0].rates[:, bucket].sum()
+        bucket = int(np.searchsorted(mix.edges, max(e.cut.duration for e in examples)))
+        expected = mix.rates[:, bucket] / mix.rates[:, bucket].sum()
         for name, share in zip(SHARES, expected, strict=True):
             assert abs(sum(source_of(e) == name for e in examples) - share * len(examples)) < 1
             assert all(abs(sum(source_of(e) == name for e in own) - share * len(own)) < 1 for own in drawn)
-        same, whole = same + len(set(ids(ranks[0], step)) & set(ids(ranks[1], step))), whole + len(drawn[0])
+        one, other = ({e.cut.id for e in own} for own in drawn[:2])
+        same, whole = same + len(one & other), whole + len(drawn[0])
     assert 0 < same < 0.25 * whole, "about what chance gives, of some 80 examples of a length"
 
 
-def test_the_mix_of_a_recipe_is_the_part_of_its_process(lengths):
-    from torch import distributed
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
+def test_the_mix_of_a_recipe_is_of_as_many_batches_as_make_a_step(lengths):
     from antiphon.train.stages.common import Setting
 
-    data = mix_of(lengths).data
+    data, plan = mix_of(lengths).data, replace(PLAN, accumulate=3)
     setting = Setting(replace(TINY, data=data, seed=1), lengths, lengths, torch.device("cpu"))
     assert ids(setting.mix(), 3) == ids(mix_of(lengths), 3)
-    distributed.init_process_group("fake", rank=2, world_size=3, store=FakeStore())
-    try:
-        mix, crops = setting.mix(), setting.mix(replace(data, batch_seconds=0.0))
-    finally:
-        distributed.destroy_process_group()
-    assert ids(mix, 3) == ids(mix_of(lengths, rank=2, world=3), 3)
-    assert ids(crops, 3) == ids(mix_of(lengths, seconds=0.0, rank=2, world=3), 3)
+    setting = replace(setting, recipe=replace(setting.recipe, optimization=plan))
+    mix, crops = setting.mix(), setting.mix(replace(data, batch_seconds=0.0))
+    for number in (10, 11):
+        assert ids(mix, number) == ids(mix_of(lengths, together=3), number)
+        assert ids(crops, number) == ids(mix_of(lengths, seconds=0.0, together=3), number)
 
 
-@pytest.mark.parametrize(("rank", "world"), [(0, 1), (1, 2)])
-def test_crops_are_drawn_in_the_shares_of_the_mix(lengths, rank, world):
-    mix = mix_of(lengths, seconds=0.0, rank=rank, world=world)
-    drawn = [mix.draw(step) for step in range(6000)]
+@pytest.mark.parametrize("together", [1, 2])
+def test_crops_are_drawn_in_the_shares_of_the_mix(lengths, together):
+    mix = mix_of(lengths, seconds=0.0, together=together)
+    drawn = [mix.draw(number) for number in range(together - 1, 6000 * together, together)]
     assert {len(examples) for examples in drawn} == {1}
     found = [source_of(examples[0]) for examples in drawn]
     assert {n: found.count(n) / len(found) for n in SHARES} == pytest.approx(SHARES, abs=0.015)
 
 
-def test_the_mix_is_a_function_of_seed_step_rank_and_world_size(lengths):
-    places = {"seed": 2}, {"rank": 0, "world": 2}, {"rank": 1, "world": 2}, {}
-    mixes = [mix_of(lengths, **place) for place in places]
-    drawn = [[ids(mix, step) for step in range(30)] for mix in mixes]
-    again = mix_of(lengths, rank=1, world=2)
-    assert [ids(again, step) for step in reversed(range(30))] == drawn[2][::-1]
+def test_the_mix_is_a_function_of_the_seed_and_the_number_of_a_batch(lengths):
+    mixes = [mix_of(lengths, seed=2), mix_of(lengths, together=2), mix_of(lengths)]
+    drawn = [[ids(mix, number) for number in range(30)] for mix in mixes]
+    again = mix_of(lengths, together=2)
+    assert [ids(again, number) for number in reversed(range(30))] == drawn[1][::-1]
     for one, other in combinations(drawn, 2):
-        assert not [step for step in range(30) if one[step] == other[step]]
-    assert len({tuple(batch) for batch in drawn[-1]}) == 30
+        assert not [number for number in range(30) if one[number] == other[number]]
+    assert all(len({tuple(batch) for batch in batches}) == 30 for batches in drawn)
 
 
 def test_everything_is_drawn_but_what_is_too_long(lengths):
@@ -824,7 +822,11 @@ def test_a_recipe(tmp_path):
         ("lr: 1e-3", "lr: .nan", r"^optimization: lr must be above 0, average from 0 to below 1$"),
         ("lr: 1e-3", "lr: 1, average: 1", r"^optimization: lr must be above 0, average from 0 to below 1$"),
         ("steps: 100", "steps: 0", r"^optimization: steps, accumulate and the \*_every intervals must be 1 or more$"),
-        ("warmup: 7", "dtype: float8", r"^optimization.dtype is 'float8'; expected auto, float32 or bfloat16$"),
+        (
+            "warmup: 7",
+            "dtype: float8",
+            r"^optimization.dtype is 'float8'; expected auto, float32, bfloat16 or float64$",
+        ),
         ("warmup: 7", "betas: [0.9]", r"^mine.yaml.optimization.betas should have 2 values$"),
         ("freeze: [decoder]", "freeze: decoder", r"^mine.yaml.freeze should be a list$"),
         ("freeze: [decoder]", "freeze: [1]", r"^mine.yaml.freeze\[0\] is 1; expected str$"),
@@ -877,10 +879,10 @@ def test_accumulated_steps_share_no_batch(tmp_path):
     drawn = list[int]()
 
     class Counted(TinyStage):
-        def batch(self, step: int) -> tuple[Tensor, Tensor]:
-            if step < 10**6:
-                drawn.append(step)
-            return super().batch(step)
+        def batch(self, number: int) -> tuple[Tensor, Tensor]:
+            if number < 10**6:
+                drawn.append(number)
+            return super().batch(number)
 
     recipe = replace(TINY, optimization=replace(PLAN, steps=5, accumulate=3))
     train(Counted(recipe), recipe, tmp_path, quiet=True)

@@ -1,8 +1,8 @@
-"""Batches of lhotse cuts, mixed by weight: a pure function of (seed, step, rank, world size).
+"""Batches of lhotse cuts, mixed by weight: a pure function of the seed and the batch's number.
 
-Nothing is remembered between steps, so a run goes on at step n by asking for batch n. Cuts of similar length share a
-batch; within every batch the sources keep their shares of the seconds. Where several processes train one model, their
-batches of a step are of one length and keep the shares together.
+Nothing is remembered between steps, so a run goes on at step n by asking for the batches of step n. Cuts of similar
+length share a batch; within every batch the sources keep their shares of the seconds. Where several batches make one
+step, one after another or in several processes, they are of one length and keep the shares together.
 
 Shapes: B clips, N samples, T mel frames, F mel bins.
 """
@@ -152,10 +152,8 @@ class Mix:
     With `batch_seconds` 0 a batch is one example, as likely as its sound is long: for crops, which are of one length.
     """
 
-    def __init__(
-        self, data: Data, sources: Sequence[Source], root: Path, seed: int, rank: int = 0, world: int = 1
-    ) -> None:
-        self.data, self.seed, self.rank, self.world = data, seed, rank, world
+    def __init__(self, data: Data, sources: Sequence[Source], root: Path, seed: int, together: int = 1) -> None:
+        self.data, self.seed, self.together = data, seed, together  # batches of a step
         names = {s.cuts for s in sources}  # each is read once, however many tasks it has
         cuts = {name: read_cuts(name, root) for name in names}
         examples = [examples_of(s, cuts[s.cuts]) for s in sources]
@@ -183,14 +181,15 @@ class Mix:
         """All that can be drawn."""
         return [example for row in self.cells for cell in row for example in cell]
 
-    def draw(self, step: int) -> list[Example]:
-        """This rank's examples of one step: at most `batch_seconds` when padded to the longest, one at least."""
-        random = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, step, self.world - 1])))
+    def draw(self, number: int) -> list[Example]:
+        """The examples of one batch: at most `batch_seconds` when padded to the longest, one at least."""
+        step, part = divmod(number, self.together)
+        random = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, step, self.together - 1])))
         bucket = int(_pick(self.rates.sum(0) / self.sizes, random.random()))
         count = self.sizes[bucket]
-        begin = random.random() + self.rank / self.world  # between the places of the other ranks, which draw alike
+        begin = random.random() + part / self.together  # between the places of the step's other batches, drawn alike
         places = (np.arange(count) + begin) / count % 1  # evenly spread: each batch keeps the shares, and all together
-        picks = random.random((self.world, count))[self.rank]
+        picks = random.random((self.together, count))[part]
         cells = [self.cells[source][bucket] for source in _pick(self.rates[:, bucket], places)]
         return [cell[int(p * len(cell))] for cell, p in zip(cells, picks, strict=True)]
 

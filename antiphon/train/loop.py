@@ -1,8 +1,9 @@
-"""The one training loop: every stage of every recipe runs through `train`.
+"""The one training loop: every stage of every recipe runs through `train`, in one process or in many.
 
 A stage brings modules, batches and losses; the loop brings AdamW, the learning rate, clipping, averaging, validation,
-samples, and a state on disk. Everything random in a step is a function of (seed, step, rank), so a run that was
-killed goes on from its last state to the same weights, bit for bit, on the same kind of machine.
+samples, and a state on disk. A step takes the batches of its numbers, which its processes share out, and minimizes the
+means of the loss over all of them. Everything random is a function of the seed and a batch's number, so a run that was
+killed goes on from its last state to the same weights, bit for bit, on as many machines of the same kind.
 """
 
 from __future__ import annotations
@@ -13,20 +14,30 @@ import itertools
 import json
 import math
 import os
+import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from antiphon.errors import ConfigError, WeightsError
-from antiphon.files import read_metadata, read_safetensors, write_safetensors
+from antiphon.errors import ConfigError
+from antiphon.train import ranks, shards
+from antiphon.train.checkpoints import BEST, STATE, Checkpoints, check_fit, write_file
+from antiphon.train.lora import adapt, merged
 from antiphon.train.recipe import Optimization, Recipe
+
+__all__ = ["BEST", "LOG", "STATE", "Figures", "Loss", "Run", "Stage", "sum_of", "train"]
 
 AHEAD = 4  # batches prepared while the current one is used
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's memory of a parameter
@@ -37,10 +48,11 @@ COLUMNS = (  # what a bar shows
     TimeElapsedColumn(),
     TimeRemainingColumn(),
 )
-STATE = "last.safetensors"  # weights, their averages, AdamW's moments: all that a run needs to go on
-BEST = "best.safetensors"  # weights of the best validation; what later stages and the export read
 LOG = "log.jsonl"  # one line of figures per step that had any
 Figures = dict[str, float]
+
+
+Made = TypeVar("Made")
 
 
 @dataclass
@@ -49,6 +61,17 @@ class Loss:
 
     total: Tensor
     figures: dict[str, Tensor] = field(default_factory=dict)
+    parts: dict[str, Tensor] = field(default_factory=dict)  # whose sum `total` is; see `Stage.counts`
+
+    @classmethod
+    def of(cls, parts: dict[str, Tensor], figures: Mapping[str, Tensor]) -> Loss:
+        """The sum of means, each over what `Stage.counts` says of it."""
+        return cls(sum_of(parts), {name: value.detach() for name, value in figures.items()}, parts)
+
+
+def sum_of(parts: Mapping[str, Tensor]) -> Tensor:
+    """Their sum."""
+    return reduce(add, parts.values())
 
 
 class Stage(Protocol):
@@ -60,8 +83,19 @@ class Stage(Protocol):
         """Who takes a turn in each step, and the modules each one optimizes; one player unless adversaries train."""
         ...
 
-    def batch(self, step: int) -> Any:
-        """The data of a step, prepared in a background thread: a function of the recipe's seed and `step` alone."""
+    def batch(self, number: int) -> Any:
+        """The data of a batch, prepared in a background thread: a function of the recipe's seed and `number` alone.
+
+        Step s takes those from s * `accumulate` on, `accumulate` of them.
+        """
+        ...
+
+    def counts(self, batch: Any) -> dict[str, float]:
+        """How many tokens, clips or frames of a batch each part of its loss is a mean over.
+
+        The means of a step are over all its batches, in whichever process; parts without a count weigh the same in
+        each of them.
+        """
         ...
 
     def loss(self, player: str, batch: Any, step: int) -> Loss:
@@ -77,9 +111,9 @@ class Stage(Protocol):
         ...
 
 
-def seeded(seed: int, step: int, rank: int = 0) -> None:
-    """Make everything random in a step a function of where it stands."""
-    torch.manual_seed((seed * 1_000_003 + step) * 1_000_003 + rank & (1 << 62) - 1)
+def seeded(seed: int, number: int) -> None:
+    """Make everything random in a batch's loss a function of its number."""
+    torch.manual_seed((seed * 1_000_003 + number) * 1_000_003 & (1 << 62) - 1)
 
 
 def learning_rate(plan: Optimization, step: int) -> float:
@@ -101,24 +135,65 @@ def prepared(batch: Callable[[int], Any], start: int, stop: int) -> Iterator[tup
             yield step, future.result()
 
 
+class Losses(nn.Module):
+    """A stage's losses as the forward of one module, for whose time all weights that are used in it are here."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__()
+        self.trained, self.stage = stage.modules, stage
+        self.names = [n for n, p in stage.modules.named_parameters() if p.requires_grad]
+        self.players = {
+            player: {n for n in self.names if any(n == m or n.startswith(f"{m}.") for m in modules)}
+            for player, modules in stage.players().items()
+        }
+
+    def forward(self, player: str, batch: Any, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The parts of a player's loss, and figures; gradients are for the player's own weights."""
+        weights, own = dict(self.trained.named_parameters()), self.players[player]
+        for name in self.names:
+            weights[name].requires_grad_(name in own)
+        loss = self.stage.loss(player, batch, step)
+        parts = dict(loss.parts) or {"total": loss.total}
+        if ranks.many() and loss.total.grad_fn is not None:  # all add up gradients of the same weights, used or not
+            here = [weights[n] for n in self.names if n in own and not isinstance(weights[n], DTensor)]
+            parts["unused"] = torch.stack([p.flatten()[:0].sum() for p in here]).sum() if here else 0 * loss.total
+        return parts, loss.figures
+
+
 class Run:
-    """The state of a training: a stage's weights, their averages and AdamW's moments, in memory and on disk."""
+    """The state of a training: a stage's weights, their averages and AdamW's moments, in memory and on disk.
+
+    Where several processes train, each holds a part of every tensor.
+    """
 
     def __init__(self, stage: Stage, recipe: Recipe, folder: Path) -> None:
         self.stage, self.recipe, self.folder = stage, recipe, folder
         self.step, self.best = 0, math.inf
-        self.weights = {n: p for n, p in stage.modules.named_parameters() if p.requires_grad}
-        self.players = {
-            player: {n: p for n, p in self.weights.items() if any(n == m or n.startswith(f"{m}.") for m in modules)}
-            for player, modules in stage.players().items()
-        }
-        for player, weights in self.players.items():
-            if not weights:
+        adapt(stage.modules, recipe)
+        self.losses = Losses(stage)
+        for player, names in self.losses.players.items():
+            if not names:
                 raise ConfigError(f"{recipe.name}: there is nothing left for {player!r} to train; freeze less")
-        self.frozen = [m for m in stage.modules.modules() if _is_frozen(m)]
         plan = recipe.optimization
+        if plan.accumulate % ranks.world():
+            raise ConfigError(
+                f"{recipe.name}: {ranks.world()} processes cannot share out {plan.accumulate} batches a step; set "
+                f"optimization.accumulate to a multiple of {ranks.world()}, or start another number"
+            )
+        self.device = next(stage.modules.parameters()).device
+        if recipe.devices.recompute:
+            shards.recompute(stage.modules)
+        shards.share_out(self.losses, self.device)
+        parameters = dict(stage.modules.named_parameters())
+        self.weights = {n: parameters[n] for n in self.losses.names}
+        self.players = {
+            player: {n: p for n, p in self.weights.items() if n in names}
+            for player, names in self.losses.players.items()
+        }
+        self.frozen = [m for m in stage.modules.modules() if _is_frozen(m)]
         self.optimizers = {p: _adamw(weights, plan) for p, weights in self.players.items()}
         self.average = {n: p.detach().clone() for n, p in self.weights.items()} if plan.average else {}
+        self.checkpoints = Checkpoints(folder, recipe.devices)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by name."""
@@ -132,7 +207,7 @@ class Run:
     def save(self) -> None:
         """Write the state, whole or not at all."""
         about = {"step": self.step, "best": self.best, "recipe": self.recipe.fingerprint}
-        _write(self.folder / STATE, self.tensors(), {"run": json.dumps(about)})
+        self.checkpoints.save(self.tensors(), about)
 
     def restore(self) -> None:
         """Go on where the state on disk stands, if there is one.
@@ -141,35 +216,37 @@ class Run:
             ConfigError: it was written by another recipe.
             WeightsError: it was written for a model of other sizes.
         """
-        path = self.folder / STATE
-        if not path.exists():
+        found = self.checkpoints.newest()
+        if found is None:
             return
-        about = json.loads(read_metadata(path, "run"))
-        if about["recipe"] != self.recipe.fingerprint:
+        if found.about["recipe"] != self.recipe.fingerprint:
             raise ConfigError(f"{self.folder} holds a run of another recipe; give --runs another folder or remove it")
-        tensors = read_safetensors(path)
-        fill(self.stage.modules, tensors, "model.", path)
-        self.step, self.best = about["step"], about["best"]
-        for n, average in self.average.items():
-            average.copy_(tensors[f"average.{n}"])
+        shapes = found.shapes
+        model = {n.removeprefix("model."): shape for n, shape in shapes.items() if n.startswith("model.")}
+        check_fit(self.stage.modules, model, "model.", found.path)
+        self.step, self.best = found.about["step"], found.about["best"]
         for player, weights in self.players.items():
             memory = self.optimizers[player].state
             for n, p in weights.items():
-                if f"adamw.{n}.step" in tensors:
-                    memory[p] = {m: tensors[f"adamw.{n}.{m}"].to(p.device) for m in MOMENTS}
+                if f"adamw.{n}.step" in shapes:
+                    moments = (torch.zeros_like(p.detach()) for _ in MOMENTS[1:])
+                    memory[p] = dict(zip(MOMENTS, (torch.zeros((), device=p.device), *moments), strict=True))
+        with torch.no_grad():
+            found.read(self.tensors())
 
     def advance(self, *batches: Any) -> dict[str, Tensor]:
-        """One step of every player over the mean of `batches`; returns the figures of the last to show."""
-        plan, figures = self.recipe.optimization, {}
-        for batch in batches:
-            for player, weights in self.players.items():
-                for n, p in self.weights.items():
-                    p.requires_grad_(n in weights)
-                loss = self.stage.loss(player, batch, self.step)
-                (loss.total / len(batches)).backward()
-                figures |= loss.figures
+        """One step of every player over `batches` and those of the other processes; the figures of the last to show."""
+        plan, figures, count = self.recipe.optimization, dict[str, Tensor](), len(batches) * ranks.world()
+        shares = self._shares(batches)
+        for i, batch in enumerate(batches):
+            seeded(self.recipe.seed, self.step * count + i * ranks.world() + ranks.rank())
+            for player in self.players:
+                parts, shown = self.losses(player, batch, self.step)
+                sum_of({n: part * shares[i].get(n, 1 / count) for n, part in parts.items()}).backward()
+                figures |= shown
         for player, weights in self.players.items():
             norm = nn.utils.clip_grad_norm_(weights.values(), plan.clip)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             optimizer = self.optimizers[player]
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(plan, self.step)
@@ -180,12 +257,21 @@ class Run:
         for p in self.weights.values():
             p.requires_grad_(True)
         if self.average:
-            fresh = [self.weights[n].detach() for n in self.average]
+            fresh = [shards.local(self.weights[n]) for n in self.average]
             torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
-                list(self.average.values()), fresh, 1 - min(plan.average, (1 + self.step) / (10 + self.step))
+                list(map(shards.local, self.average.values())),
+                fresh,
+                1 - min(plan.average, (1 + self.step) / (10 + self.step)),
             )
         self.step += 1
         return figures
+
+    def _shares(self, batches: tuple[Any, ...]) -> list[dict[str, float]]:
+        """By which each part of each batch's loss is multiplied, so that its sum is the mean over the whole step."""
+        each = [self.stage.counts(batch) for batch in batches]
+        names = list(each[0])
+        totals = dict(zip(names, ranks.summed([sum(own[n] for own in each) for n in names]), strict=True))
+        return [{n: own[n] / totals[n] if totals[n] else 0.0 for n in names} for own in each]
 
     def learn(self) -> None:
         """Training mode; frozen modules stay as they are used, so that their statistics do not move either."""
@@ -196,28 +282,41 @@ class Run:
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """The averaged weights in place of the trained ones, in evaluation mode."""
-        kept = {n: self.weights[n].detach().clone() for n in self.average}
+        kept = {n: shards.local(self.weights[n]).clone() for n in self.average}
         for n, average in self.average.items():
-            self.weights[n].data.copy_(average)
+            shards.local(self.weights[n]).copy_(shards.local(average))
         self.stage.modules.eval()
         try:
-            with torch.inference_mode():
-                yield
+            yield
         finally:
             self.learn()
             for n, weight in kept.items():
-                self.weights[n].data.copy_(weight)
+                shards.local(self.weights[n]).copy_(weight)
+
+    def alone(self, work: Callable[[], Made]) -> Made:
+        """What rank 0 makes with all weights at hand, told to the others, which wait."""
+        with torch.no_grad(), shards.gathered(self.losses):
+            with torch.inference_mode():
+                made = [work()] if ranks.rank() == 0 else []
+            return ranks.told(made)[0]
 
     def judge(self) -> Figures:
         """Validate; keep the weights if they are the best so far."""
         with self.averaged():
-            figures = self.stage.validate()
+            figures = self.alone(self.stage.validate)
             score = next(iter(figures.values()), math.inf)
             if score <= self.best:
                 self.best = score
                 about = {"step": self.step, "recipe": self.recipe.fingerprint, "figures": figures}
-                _write(self.folder / BEST, self.stage.modules.state_dict(), {"run": json.dumps(about)})
+                weights = shards.whole(self.stage.modules.state_dict())
+                if ranks.rank() == 0:
+                    write_file(self.folder / BEST, merged(weights, self.recipe.lora.scale), {"run": json.dumps(about)})
         return figures
+
+    def show(self, folder: Path, board: Any) -> None:
+        """Samples for a person to judge by."""
+        with self.averaged():
+            self.alone(lambda: self.stage.sample(folder, board))
 
 
 def _is_frozen(module: nn.Module) -> bool:
@@ -234,86 +333,76 @@ def _adamw(weights: dict[str, nn.Parameter], plan: Optimization) -> torch.optim.
     return torch.optim.AdamW(groups, lr=plan.lr, betas=plan.betas, fused=True)
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """One file that takes its name when it is whole: a kill leaves the one before."""
-    write_safetensors(path, tensors, metadata)
-    with contextlib.suppress(OSError):  # some file systems have no directories to flush
-        handle = os.open(path.parent, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-
-
-def load_weights(module: nn.Module, run: Path, name: str) -> None:
-    """Fill `module` from the best weights of an earlier run, where it was called `name`.
-
-    Raises:
-        WeightsError: the run has no finished weights, or they do not fit.
-    """
-    path = run / BEST
-    if not path.exists():
-        raise WeightsError(f"{run} has no {BEST} yet; train that stage first")
-    fill(module, read_safetensors(path), f"{name}.", path)
-
-
-def fill(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, path: Path) -> None:
-    """Fill `module` from those of the tensors whose names begin with `prefix`.
-
-    Raises:
-        WeightsError: they do not fit; the sentence names the file, `path`.
-    """
-    tensors = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-    wanted = {n: list(t.shape) for n, t in module.state_dict().items()}
-    found = {n: list(t.shape) for n, t in tensors.items()}
-    for n in sorted(wanted | found):
-        if wanted.get(n) != found.get(n):
-            here, there = wanted.get(n, "nowhere"), found.get(n, "missing")
-            raise WeightsError(f"{path} does not fit this recipe: {prefix}{n} is {there} in it and {here} in the model")
-    module.load_state_dict(tensors)
+@contextlib.contextmanager
+def asked_to_stop() -> Iterator[threading.Event]:
+    """Set by SIGTERM, as what schedules jobs sends it a while before it kills them."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def train(stage: Stage, recipe: Recipe, folder: Path, *, quiet: bool = False) -> Run:
-    """Train `stage` to the end of `recipe`, from the state in `folder` if there is one."""
-    from torch.utils.tensorboard.writer import SummaryWriter
+    """Train `stage` to the end of `recipe`, from the state in `folder` if there is one.
 
+    SIGTERM ends the process after the step it is in, with the state on disk.
+    """
     torch.set_num_threads(recipe.threads)
     folder.mkdir(parents=True, exist_ok=True)
     run, plan = Run(stage, recipe, folder), recipe.optimization
     run.restore()
-    _forget_after(run.step, folder / LOG)
-    board = SummaryWriter(str(folder / "board"), purge_step=run.step + 1)
+    board = _board(folder, run.step)
     gc.collect()
     gc.freeze()  # a corpus is millions of objects: looking through them for garbage took longer than the steps
-    with Progress(*COLUMNS, TextColumn("{task.fields[figures]}"), disable=quiet) as progress:
+    columns = (*COLUMNS, TextColumn("{task.fields[figures]}"))
+    with Progress(*columns, disable=quiet or ranks.rank() > 0) as progress, asked_to_stop() as asked:
         bar = progress.add_task(recipe.name, total=plan.steps, completed=run.step, figures="")
         run.learn()
         clock, shown = time.monotonic(), dict[str, float]()
         for step, batches in prepared(_several(stage.batch, plan.accumulate), run.step, plan.steps):
-            seeded(recipe.seed, step)
             figures = run.advance(*batches)
             last, news = run.step == plan.steps, dict[str, float]()
             if run.step % plan.log_every == 0 or last:
-                news = {k: float(v) for k, v in figures.items()} | {"lr": learning_rate(plan, step)}
+                news = ranks.mean({k: float(v) for k, v in figures.items()}) | {"lr": learning_rate(plan, step)}
                 news["steps/s"] = plan.log_every / (time.monotonic() - clock)
                 clock = time.monotonic()
             if run.step % plan.validate_every == 0 or last:
                 news |= {f"val/{k}": v for k, v in run.judge().items()}
-            if news:
+            if news and ranks.rank() == 0:
                 _log(board, folder / LOG, run.step, news)
                 shown |= news
             if run.step % plan.sample_every == 0 or last:
-                with run.averaged():
-                    stage.sample(folder / "samples" / f"{run.step:06d}", board)
-            if run.step % plan.save_every == 0 or last:
+                run.show(folder / "samples" / f"{run.step:06d}", board)
+            stop = bool(ranks.summed([float(asked.is_set())])[0])
+            if run.step % plan.save_every == 0 or last or stop:
                 run.save()
+            run.checkpoints.settle(wait=last or stop)
+            if stop and not last:
+                sys.exit(128 + signal.SIGTERM)
             progress.update(bar, completed=run.step, figures=_brief(shown))
     gc.unfreeze()
     board.close()
     return run
 
 
+def _board(folder: Path, step: int) -> Any:
+    """TensorBoard's writer and the log as they are at `step`; only rank 0 has any."""
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    if ranks.rank() > 0:
+        return contextlib.ExitStack()  # has nothing to write, and can be closed
+    _forget_after(step, folder / LOG)
+    return SummaryWriter(str(folder / "board"), purge_step=step + 1)
+
+
 def _several(batch: Callable[[int], Any], count: int) -> Callable[[int], list[Any]]:
-    """The batches of a step whose gradients are added up: no two steps share one."""
-    return lambda step: [batch(step * count + i) for i in range(count)]
+    """This process's batches of a step, whose gradients are added up: no two steps share one, and no two processes."""
+    return lambda step: [batch(step * count + i) for i in range(ranks.rank(), count, ranks.world())]
 
 
 def _log(board: Any, path: Path, step: int, figures: Figures) -> None:

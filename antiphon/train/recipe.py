@@ -31,9 +31,9 @@ class Optimization:
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0  # largest norm of the gradient
-    accumulate: int = 1  # batches whose gradients make one step
+    accumulate: int = 1  # batches whose gradients make one step; several processes share them out
     average: float = 0.0  # decay of the averaged weights that are validated and kept; 0 keeps the last
-    dtype: str = "auto"  # of the matrix products: auto is bfloat16 where the hardware has it
+    dtype: str = "auto"  # of products: auto is bfloat16 where the hardware has it; float64 is that of weights too
     log_every: int = 20
     validate_every: int = 500
     sample_every: int = 1000
@@ -45,15 +45,21 @@ class Optimization:
             < 1
         ):
             raise ConfigError("optimization: steps, accumulate and the *_every intervals must be 1 or more")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise ConfigError(f"optimization.dtype is {self.dtype!r}; expected auto, float32 or bfloat16")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float64"):
+            raise ConfigError(f"optimization.dtype is {self.dtype!r}; expected auto, float32, bfloat16 or float64")
         if not self.lr > 0 or not 0 <= self.average < 1:
             raise ConfigError("optimization: lr must be above 0, average from 0 to below 1")
 
+    def product_dtype(self, device: torch.device) -> torch.dtype:
+        """Type of the matrix products."""
+        if self.dtype == "float64":
+            return torch.float64
+        short = self.dtype == "bfloat16" or (self.dtype == "auto" and fast_bfloat16(device))
+        return torch.bfloat16 if short else torch.float32
+
     def autocast(self, device: torch.device) -> torch.autocast:
         """The context in which losses are computed."""
-        wanted = self.dtype == "bfloat16" or (self.dtype == "auto" and fast_bfloat16(device))
-        return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.product_dtype(device) == torch.bfloat16)
 
 
 @functools.cache
@@ -73,6 +79,33 @@ def fast_bfloat16(device: torch.device) -> bool:
             F.linear(x, weight)
             seconds[dtype] = min(seconds[dtype], time.perf_counter() - begun)
     return seconds[torch.bfloat16] < seconds[torch.float32] / 1.4
+
+
+@dataclass(frozen=True)
+class Devices:
+    """How a run uses its devices, and which states it keeps; the weights it comes to are the same."""
+
+    recompute: bool = False  # activations of the large layers on the way back, instead of keeping them
+    keep_last: int = 2  # checkpoints of several processes; one process keeps the last state alone
+    keep_every: int = 0  # steps: those of its multiples are kept for good
+
+    def __post_init__(self) -> None:
+        if self.keep_last < 1 or self.keep_every < 0:
+            raise ConfigError("devices: keep_last must be 1 or more, keep_every 0 or more")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Thin matrices that are trained in the place of the weights to which their products are added."""
+
+    rank: int = 0  # of the products; 0 trains the weights themselves
+    scale: float = 2.0  # of the products
+    modules: tuple[str, ...] = ()  # that stand still but for these, such as thinker.model.layers
+    linears: tuple[str, ...] = ("qkv_proj", "o_proj")  # the maps in them that get any
+
+    def __post_init__(self) -> None:
+        if self.rank < 0 or bool(self.rank) != bool(self.modules):
+            raise ConfigError("lora: rank must be 1 or more, and modules must name what it is for")
 
 
 @dataclass(frozen=True)
@@ -99,7 +132,7 @@ class Data:
 NO_OPTIMIZATION = Optimization(1, 1.0)  # of a tokenizer, which has no weights
 
 
-WITHOUT_WEIGHTS = ("tokenizer", "label", "echo", "export")  # stages that train none
+WITHOUT_WEIGHTS = ("tokenizer", "label", "echo", "pairs", "export")  # stages that train none
 
 
 @dataclass(frozen=True)
@@ -114,8 +147,10 @@ class Recipe:
     options: dict[str, Any] = field(default_factory=dict)  # what only this stage knows
     init: dict[str, str] = field(default_factory=dict)  # module -> run it starts from
     freeze: tuple[str, ...] = ()  # modules that do not move
+    lora: Lora = Lora()  # modules that move in few dimensions
     seed: int = 0
     threads: int = 1
+    devices: Devices = Devices()
 
     def __post_init__(self) -> None:
         if self.optimization is NO_OPTIMIZATION and self.stage not in WITHOUT_WEIGHTS:
@@ -124,7 +159,9 @@ class Recipe:
     @property
     def fingerprint(self) -> str:
         """Changes with everything that changes the weights."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        without = {"devices"} if self.lora.rank else {"devices", "lora"}
+        changing = {name: value for name, value in dataclasses.asdict(self).items() if name not in without}
+        text = json.dumps(changing, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

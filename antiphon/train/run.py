@@ -12,6 +12,7 @@ from rich.console import Console
 
 from antiphon.errors import ConfigError
 from antiphon.files import write_text
+from antiphon.train import ranks
 from antiphon.train.corpus import Set, read_corpus, read_sets
 from antiphon.train.data import read_examples
 from antiphon.train.echo import echo
@@ -19,10 +20,12 @@ from antiphon.train.export import export
 from antiphon.train.keep import put_back
 from antiphon.train.label import label
 from antiphon.train.loop import Stage, train
-from antiphon.train.recipe import Recipe, read_fields, read_recipe, read_yaml_table
+from antiphon.train.pairs import pairs
+from antiphon.train.recipe import WITHOUT_WEIGHTS, Recipe, read_fields, read_recipe, read_yaml_table
 from antiphon.train.stages.aut import AuTStage
 from antiphon.train.stages.codec import CODEC_SIZES, Code2WavStage, CodecStage
 from antiphon.train.stages.common import Setting
+from antiphon.train.stages.preference import PreferenceStage
 from antiphon.train.stages.speech import SpeechStage
 from antiphon.train.stages.thinker import ThinkerStage
 from antiphon.train.stages.turn import TurnStage
@@ -34,6 +37,7 @@ STAGES: dict[str, Callable[[Setting], Stage]] = {
     "code2wav": Code2WavStage,
     "thinker": ThinkerStage,
     "speech": SpeechStage,
+    "preference": PreferenceStage,
     "turn": TurnStage,
 }
 say = Console(stderr=True, highlight=False)
@@ -93,7 +97,8 @@ def _corpus_of(folder: Path) -> dict[str, Set]:
 def train_course(course: Course, cuts: Path, runs: Path, device: torch.device, *, quiet: bool = False) -> list[Path]:
     """Train the recipes one after another, each from where an earlier call was stopped; returns the runs' folders."""
     cuts, runs = cuts / course.name, runs / course.name
-    put_back(course.folder, runs)
+    with ranks.first_alone():
+        put_back(course.folder, runs)
     return [train_recipe(recipe, course.folder, cuts, runs, device, quiet=quiet) for recipe in course.recipes]
 
 
@@ -102,22 +107,36 @@ def train_recipe(
 ) -> Path:
     """Train one recipe to its end; `beside` is the folder of the files it names."""
     folder, setting = runs / recipe.name, Setting(recipe, cuts, runs, device)
+    if recipe.stage not in (*WITHOUT_WEIGHTS, *STAGES):
+        known = ", ".join(("tokenizer", "label", "echo", "pairs", *STAGES, "export"))
+        raise ConfigError(f"{recipe.name}: stage is {recipe.stage!r}; expected one of {known}")
+    if recipe.stage in STAGES:
+        torch.set_num_threads(recipe.threads)
+        with ranks.first_alone():  # what a stage prepares, such as codes, is kept on disk
+            stage = STAGES[recipe.stage](setting)
+        train(stage, recipe, folder, quiet=quiet)
+        return folder
+    with ranks.first_alone():
+        if ranks.rank() == 0:
+            _make(setting, beside, folder, quiet)
+    return folder
+
+
+def _make(setting: Setting, beside: Path, folder: Path, quiet: bool) -> None:
+    """What a stage without weights makes."""
+    recipe = setting.recipe
     if recipe.stage == "tokenizer":
-        make_tokenizer(recipe, beside, cuts, folder)
+        make_tokenizer(recipe, beside, setting.cuts, folder)
     elif recipe.stage == "export":
         export(setting, folder)
     elif recipe.stage == "label":
         kept, found = label(setting, quiet=quiet)
         say.print(f"{recipe.name}: kept {kept:,} of {found:,} transcripts")
-    elif recipe.stage == "echo":
-        say.print(f"{recipe.name}: {echo(setting, quiet=quiet):,} recordings as the codec gives them back")
-    elif recipe.stage in STAGES:
-        torch.set_num_threads(recipe.threads)
-        train(STAGES[recipe.stage](setting), recipe, folder, quiet=quiet)
+    elif recipe.stage == "pairs":
+        made, found = pairs(setting, quiet=quiet)
+        say.print(f"{recipe.name}: {made:,} pairs of {found:,} sentences")
     else:
-        known = ", ".join(("tokenizer", "label", "echo", *STAGES, "export"))
-        raise ConfigError(f"{recipe.name}: stage is {recipe.stage!r}; expected one of {known}")
-    return folder
+        say.print(f"{recipe.name}: {echo(setting, quiet=quiet):,} recordings as the codec gives them back")
 
 
 def make_tokenizer(recipe: Recipe, recipes: Path, cuts: Path, folder: Path) -> None:

@@ -34,7 +34,7 @@ from antiphon.train.data import (
     pad,
     read_examples,
 )
-from antiphon.train.loop import Figures, Loss
+from antiphon.train.loop import Figures, Loss, sum_of
 from antiphon.train.losses import ctc_per_token
 from antiphon.train.recipe import read_fields
 from antiphon.train.stages.common import Setting, manifests
@@ -97,14 +97,14 @@ class AuTStage:
         parts = [f"aut.{name}" for name, _ in self.aut.named_children() if not name.startswith("proj")]
         return {"aut": [*parts, "decoder", "ctc"]}
 
-    def batch(self, step: int) -> AuTBatch:
-        """Clips, transcripts and the window of one step."""
+    def batch(self, number: int) -> AuTBatch:
+        """Clips, transcripts and the window of one batch."""
         assert self.mix is not None
         random = np.random.Generator(
-            np.random.Philox(np.random.SeedSequence([self.setting.recipe.seed, step, 1 << 20]))
+            np.random.Philox(np.random.SeedSequence([self.setting.recipe.seed, number, 1 << 20]))
         )
         window = self.options.windows[int(random.random() * len(self.options.windows))]
-        return self.collate([self.kept(e) for e in self.mix.draw(step)], window)
+        return self.collate([self.kept(e) for e in self.mix.draw(number)], window)
 
     def read(self, example: Example) -> Clip:
         """A clip, and the ids of its transcript."""
@@ -121,6 +121,10 @@ class AuTStage:
         text, lengths = pad([torch.tensor(line) for line in ids])
         return AuTBatch(mel, frames, fed, wanted, text, lengths, window)
 
+    def counts(self, batch: AuTBatch) -> dict[str, float]:
+        """Tokens to be written, and clips."""
+        return {"attention": float((batch.wanted != IGNORED).sum()), "ctc": float(len(batch.lengths))}
+
     def loss(self, player: str, batch: AuTBatch, step: int) -> Loss:
         """Cross-entropy of the decoder and CTC of the encoder, over the same tokens."""
         with self.plan.autocast(self.device):
@@ -136,10 +140,10 @@ class AuTStage:
         ctc, lost = self._ctc(scores, heard, batch)
         kept = wanted != IGNORED
         right = (logits.argmax(-1) == wanted)[kept].float().mean()
-        total = (1 - self.options.ctc) * attention + self.options.ctc * ctc
+        parts = {"attention": (1 - self.options.ctc) * attention, "ctc": self.options.ctc * ctc}
         padding = 1 - batch.frames.sum() / (batch.frames.max() * len(batch.frames))
-        figures = {"loss": total, "accuracy": right, "ctc": ctc, "ctc_lost": lost, "padding": padding}
-        return Loss(total, {k: v.detach() for k, v in figures.items()})
+        figures = {"loss": sum_of(parts), "accuracy": right, "ctc": ctc, "ctc_lost": lost, "padding": padding}
+        return Loss.of(parts, figures)
 
     def encode(self, mel: Tensor, frames: Tensor, window: int) -> tuple[Tensor, Tensor]:
         """Encoder states [B, S, W] of padded clips, and which of them are sound [B, S]."""

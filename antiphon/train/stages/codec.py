@@ -33,9 +33,10 @@ from antiphon.errors import ConfigError
 from antiphon.streaming import run_convolutions, tails_of
 from antiphon.thinker import Thinker
 from antiphon.train.adversary import Adversary, feature_loss, fooling_loss, judging_loss
+from antiphon.train.checkpoints import load_weights
 from antiphon.train.data import Example, Kept, load_samples, read_examples
 from antiphon.train.listener import Listener
-from antiphon.train.loop import Figures, Loss, load_weights
+from antiphon.train.loop import Figures, Loss
 from antiphon.train.losses import FLOOR, SpectralDistance, Spectrum
 from antiphon.train.recipe import read_fields
 from antiphon.train.stages.common import TOKENIZER, Setting
@@ -128,19 +129,23 @@ class SoundStage(ABC):
         """The stage's own modules, then the adversary, which judges what they made in the same step."""
         return {"codec": self.trained} | ({JUDGES: [JUDGES]} if JUDGES in self.modules else {})
 
-    def batch(self, step: int) -> Tensor:
+    def batch(self, number: int) -> Tensor:
         """Crops [R, N]: `batch_seconds` of sound, each from a clip of its own."""
         samples = self.options.frames * self.config.frame_samples
         rows = max(1, round(self.setting.recipe.data.batch_seconds * self.config.sampling_rate / samples))
         places = np.random.Generator(
-            np.random.Philox(np.random.SeedSequence([self.setting.recipe.seed, step, 1 << 21]))
+            np.random.Philox(np.random.SeedSequence([self.setting.recipe.seed, number, 1 << 21]))
         )
-        clips = [self.kept(self.mix.draw(step * rows + row)[0]) for row in range(rows)]
+        clips = [self.kept(self.mix.draw(number * rows + row)[0]) for row in range(rows)]
         return torch.from_numpy(np.stack([crop(clip, samples, places.random()) for clip in clips]))
 
     def read(self, example: Example) -> Samples:
         """Samples [N] of a clip."""
         return load_samples(example.cut, self.config.sampling_rate)
+
+    def counts(self, batch: Tensor) -> dict[str, float]:
+        """None: all crops are of one length, and every batch has as many."""
+        return {}
 
     def loss(self, player: str, batch: Tensor, step: int) -> Loss:
         """Distances, what the stage adds, and the adversary's part; for the adversary, its own."""

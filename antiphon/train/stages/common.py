@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import nn
 
 from antiphon.codec import Codec
 from antiphon.config import OmniConfig
@@ -17,8 +17,8 @@ from antiphon.config_json import read_config
 from antiphon.errors import ConfigError
 from antiphon.speaker import SPEAKER_FILE, SpeakerEncoder, load_speaker
 from antiphon.tokenizer import Tokenizer
+from antiphon.train.checkpoints import fill, load_weights
 from antiphon.train.data import Mix
-from antiphon.train.loop import fill, load_weights
 from antiphon.train.recipe import Data, Optimization, Recipe, Source
 from antiphon.turn import TURN_FILE, TurnEnd, load_turn
 from antiphon.weights import find_checkpoint, load_box, load_codec
@@ -62,11 +62,9 @@ class Setting:
         return replace(self, recipe=recipe)
 
     def mix(self, data: Data | None = None) -> Mix:
-        """The training data, or other `data`: this process's part where several train one model."""
-        many = distributed.is_available() and distributed.is_initialized()
-        rank, world = (distributed.get_rank(), distributed.get_world_size()) if many else (0, 1)
+        """The training data, or other `data`."""
         data = data or self.recipe.data
-        return Mix(data, data.mix, self.cuts, self.recipe.seed, rank, world)
+        return Mix(data, data.mix, self.cuts, self.recipe.seed, self.recipe.optimization.accumulate)
 
     def prepare(self, modules: nn.ModuleDict) -> nn.ModuleDict:
         """The modules on the device, begun from earlier runs and frozen as the recipe says.
@@ -78,7 +76,7 @@ class Setting:
             self._begin(self._module(modules, name), name, source)
         for name in self.recipe.freeze:
             self._module(modules, name).requires_grad_(False)
-        return modules.to(self.device)
+        return modules.to(self.device, torch.float64 if self.recipe.optimization.dtype == "float64" else None)
 
     def _begin(self, module: nn.Module, name: str, source: str) -> None:
         """Fill a module from an earlier run, or from a checkpoint: a folder or a Hub id, told by its slash.

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from antiphon.audio import LogMel, Samples, write_audio
 from antiphon.codec import Codec
-from antiphon.errors import ConfigError
+from antiphon.errors import ConfigError, InputError
 from antiphon.generate import Omni, collect
 from antiphon.speaker import SpeakerConfig, SpeakerEncoder
 from antiphon.talker import CLONED, Rows, talker_prompt
@@ -36,7 +36,7 @@ from antiphon.train.codes import Spoken, encode, key_of, sound_of
 from antiphon.train.copying import begin_following
 from antiphon.train.data import Example, Kept, numbers, pad, read_examples, read_together
 from antiphon.train.following import places
-from antiphon.train.loop import Figures, Loss
+from antiphon.train.loop import Figures, Loss, sum_of
 from antiphon.train.losses import likeness
 from antiphon.train.recipe import read_fields
 from antiphon.train.stages.aut import IGNORED
@@ -45,6 +45,8 @@ from antiphon.train.stages.common import Setting
 from antiphon.train.stages.thinker import TalkBatch, collate_talks, embed_talks, hear_talks, read_talk
 from antiphon.train.talks import Talk
 
+PREFER = "prefer"  # task of a pair, see `train.stages.preference`
+ALONE = ("say", PREFER)  # tasks without a conversation
 SAMPLES = 4  # of each validation manifest are said as training goes on
 
 
@@ -94,11 +96,13 @@ class SpeechBatch:
 class SpeechStage:
     """What speaks, with what it listens through frozen beside it."""
 
+    kind: type[SpeechOptions] = SpeechOptions
+
     def __init__(self, setting: Setting) -> None:
         recipe, config = setting.recipe, setting.config
         if config.talker is None or config.code2wav is None:
             raise ConfigError(f"{recipe.name}: the configuration has no Talker; give talker_config and code2wav_config")
-        self.options = read_fields(SpeechOptions, dict(recipe.options), f"{recipe.name}.options")
+        self.options = read_fields(self.kind, dict(recipe.options), f"{recipe.name}.options")
         self.setting, self.plan, self.device = setting, recipe.optimization, setting.device
         self.config, self.talker_config, self.tokenizer = config, config.talker, setting.tokenizer
         torch.manual_seed(recipe.seed)
@@ -168,7 +172,7 @@ class SpeechStage:
 
     def talk(self, example: Example) -> Talk | None:
         """The conversation of an example, none for a sentence alone."""
-        if example.task == "say":
+        if example.task in ALONE:
             return None
         return read_talk(example, self.tokenizer, self.config, numbers(self.setting.recipe.data))
 
@@ -176,9 +180,9 @@ class SpeechStage:
         """One player."""
         return {"speech": list(self.modules)}
 
-    def batch(self, step: int) -> SpeechBatch:
-        """Answers of one step."""
-        return self.collate(self.mix.draw(step), step)
+    def batch(self, number: int) -> SpeechBatch:
+        """Answers of one batch."""
+        return self.collate(self.mix.draw(number), number)
 
     def collate(self, examples: Sequence[Example], step: int) -> SpeechBatch:
         """Examples as tensors; which answer of a conversation and which reference is a function of `step`."""
@@ -195,16 +199,29 @@ class SpeechStage:
         """One answer of an example and a reference of its voice."""
         spoken = spoken_in(example)
         chosen = spoken[int(random.random() * len(spoken))]
+        return self.spoken_as(chosen, self.reference(chosen, random))
+
+    def reference(self, chosen: Spoken, random: np.random.Generator) -> Tensor:
+        """Samples [N] of another recording of the one who speaks."""
         voice, own = self.by_voice[voice_of(chosen)], self.place[key_of(chosen)]
         other = voice[(own + 1 + int(random.random() * max(1, len(voice) - 1))) % len(voice)]
-        sound = self.sound(other, self.speaker.config.sample_rate)
+        return self.excerpt(other, random)
+
+    def excerpt(self, spoken: Spoken, random: np.random.Generator) -> Tensor:
+        """As many samples [N] as a reference has, of one recording."""
+        sound = self.sound(spoken, self.speaker.config.sample_rate)
         length = round(self.options.reference * self.speaker.config.sample_rate)
         start = int(random.random() * max(1, len(sound) - length))
-        reference = torch.from_numpy(np.resize(sound[start : start + length], length))  # a short one says it again
+        return torch.from_numpy(np.resize(sound[start : start + length], length))  # a short one says it again
+
+    def spoken_as(self, chosen: Spoken, reference: Tensor) -> Answer:
+        """What is spoken, in the voice of a reference."""
+        example = chosen[0]
         codes, said = self.codes[key_of(chosen)], self.places.get(key_of(chosen))
         talk = self.talks(example)
         if talk is None:
-            return Answer(self.tokenizer.encode(example.text), codes, reference, None, said)
+            text = example.cut.supervisions[chosen[1]].text
+            return Answer(self.tokenizer.encode(text), codes, reference, None, said)
         reply = next(r for r in talk.replies if r.supervision == chosen[1])
         return Answer(talk.ids[reply.start : reply.stop], codes, reference, talk.before(reply.start), said)
 
@@ -323,29 +340,49 @@ class SpeechStage:
         rest = speech.mtp.logits(states, speech.talker.model.codec_embedding(first), codes[chosen, 1:])
         return codes.index_copy(0, chosen, torch.cat([first[:, None], draw(rest, generator)], 1))
 
+    def counts(self, batch: SpeechBatch) -> dict[str, float]:
+        """Frames and ends, frames that MTP learns from, and those whose token is to be followed."""
+        frames = int(batch.counts.sum())
+        return {
+            "code0": float(frames + len(batch.counts)),
+            "residual": float(self.chosen(frames)),
+            "following": float((batch.said != IGNORED).sum()),
+        }
+
+    def chosen(self, frames: int) -> int:
+        """How many of so many frames MTP learns from."""
+        return max(1, round(frames * (self.options.mtp_share if self.boxes.speaking().mtp.training else 1.0)))
+
     def loss(self, player: str, batch: SpeechBatch, step: int) -> Loss:
         """Cross-entropy of codebook 0 and the end over all frames, and of the other codebooks over a share of them."""
-        speech = self.boxes.speaking()
         with self.plan.autocast(self.device):
             states, codes, heard = self.scores(batch)
+        parts, figures = self.nats(batch, states, codes)
+        if self.options.follow:
+            figures["following"], figures["followed"] = self.following(batch, heard)
+            parts["following"] = self.options.follow * figures["following"]
+        return Loss.of(parts, figures)
+
+    def nats(self, batch: SpeechBatch, states: Tensor, codes: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Parts of the loss, and figures, of states [N + B, W] and the codes [N + B, Q] that follow them."""
+        speech, wanted = self.boxes.speaking(), self.following_code(codes)
+        with self.plan.autocast(self.device):
             first = speech.talker.codec_head(states)
-        wanted = torch.where(codes[:, 0] < 0, self.talker_config.codec_eos_token_id, codes[:, 0])
         main = F.cross_entropy(first.float(), wanted)
         real = (codes[:, 0] >= 0).nonzero()[:, 0]
         order = torch.randperm(len(real), generator=self._generator(batch), device=self.device)
-        share = self.options.mtp_share if speech.mtp.training else 1.0
-        chosen = real[order[: max(1, round(len(real) * share))].sort().values]
+        chosen = real[order[: self.chosen(len(real))].sort().values]
         with self.plan.autocast(self.device):
             fed = speech.talker.model.codec_embedding(codes[chosen, 0])
             rest = speech.mtp.logits(states[chosen], fed, codes[chosen, 1:])
         residual = F.cross_entropy(rest.float().flatten(0, 1), codes[chosen, 1:].flatten(), ignore_index=IGNORED)
-        total = main + self.options.mtp_weight * residual
+        parts = {"code0": main, "residual": self.options.mtp_weight * residual}
         right = (first.argmax(-1) == wanted).float().mean()
-        figures = {"loss": total, "code0": main, "residual": residual, "accuracy": right}
-        if self.options.follow:
-            following, figures["followed"] = self.following(batch, heard)
-            figures["following"], total = following, total + self.options.follow * following
-        return Loss(total, {k: v.detach() for k, v in figures.items()})
+        return parts, {"loss": sum_of(parts), "code0": main, "residual": residual, "accuracy": right}
+
+    def following_code(self, codes: Tensor) -> Tensor:
+        """What the Talker should say [N + B] where codes [N + B, Q] follow: that of codebook 0, or the end."""
+        return torch.where(codes[:, 0] < 0, self.talker_config.codec_eos_token_id, codes[:, 0])
 
     def following(self, batch: SpeechBatch, halfway: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the token said last, of all tokens of the batch, over states [N, W]; and the share found."""
@@ -401,9 +438,17 @@ class SpeechStage:
 
 
 def spoken_in(example: Example) -> list[Spoken]:
-    """What is spoken by the assistant in an example."""
+    """What is spoken by the assistant in an example; of a pair the better one first."""
     if example.task == "say":
         return [(example, 0)]
+    if example.task == PREFER:
+        said = [s.text for s in example.cut.supervisions]
+        if len(said) != 3 or said[0] != said[1]:
+            raise InputError(
+                f"cut {example.cut.id} is no pair; expected three supervisions: the better and the worse rendition of "
+                "one text, and a recording of the voice"
+            )
+        return [(example, 0), (example, 1)]
     messages = (example.cut.custom or {}).get("messages", [])
     return [(example, m["supervision"]) for m in messages if m["role"] == "assistant" and "supervision" in m]
 

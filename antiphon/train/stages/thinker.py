@@ -19,15 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from antiphon.audio import Samples
-from antiphon.aut import AuT
+from antiphon.aut import LOG_FLOOR, AuT
 from antiphon.config import OmniConfig
 from antiphon.error_rates import normalize_text
 from antiphon.errors import ConfigError
 from antiphon.thinker import Thinker
 from antiphon.tokenizer import Tokenizer
+from antiphon.train import ranks
 from antiphon.train.copying import begin_copying
 from antiphon.train.data import Example, Kept, Mel, batches, listened, measured, numbers, pad, read_examples
-from antiphon.train.loop import Figures, Loss
+from antiphon.train.loop import Figures, Loss, sum_of
 from antiphon.train.losses import ctc_and_ways, likeness
 from antiphon.train.recipe import Source, read_fields
 from antiphon.train.stages.aut import IGNORED, begin
@@ -90,13 +91,13 @@ class ThinkerStage:
         """One player."""
         return {"thinker": ["thinker", "aut"]}
 
-    def batch(self, step: int) -> TalkBatch:
-        """Conversations of one step."""
+    def batch(self, number: int) -> TalkBatch:
+        """Conversations of one batch."""
         random = np.random.Generator(
-            np.random.Philox(np.random.SeedSequence([self.setting.recipe.seed, step, 1 << 20]))
+            np.random.Philox(np.random.SeedSequence([self.setting.recipe.seed, number, 1 << 20]))
         )
         window = self.options.windows[int(random.random() * len(self.options.windows))]
-        return self.collate([self.kept(e) for e in self.mix.draw(step)], window)
+        return self.collate([self.kept(e) for e in self.mix.draw(number)], window)
 
     def read(self, example: Example) -> Talk:
         """A conversation as ids and clips."""
@@ -110,20 +111,30 @@ class ThinkerStage:
         """The Thinker's input [B, T, U]."""
         return embed_talks(self.thinker, self.aut, batch, hear_talks(self.aut, batch, self.device), self.device)
 
+    def counts(self, batch: TalkBatch) -> dict[str, float]:
+        """Tokens of answers, clips whose text is known, and the encoder's rows of these."""
+        spoken = batch.lengths > 0
+        rows = rows_of(self.aut, batch)[spoken].sum() if spoken.any() else 0
+        return {
+            "answering": float((batch.wanted != IGNORED).sum()),
+            "spelling": float(spoken.sum()),
+            "apart": float(rows),
+        }
+
     def loss(self, player: str, batch: TalkBatch, step: int) -> Loss:
         """Cross-entropy over what the assistant says, and what `spelling_losses` add to it."""
         figures: dict[str, Tensor] = {}
+        parts: dict[str, Tensor] = {}
         with self.plan.autocast(self.device):
             heard = hear_talks(self.aut, batch, self.device)
-        total = torch.zeros((), device=self.device)
         if self.options.answer:
             answering, figures["accuracy"] = self.answering(batch, heard, step)
-            total, figures["answering"] = total + self.options.answer * answering, answering
+            parts["answering"], figures["answering"] = self.options.answer * answering, answering
         if self.options.spell and heard is not None:
             spelling, apart = spelling_losses(self.thinker, self.aut, heard, batch, self.config.audio_token_id)
-            total = total + self.options.spell * spelling + self.options.match * apart
+            parts |= {"spelling": self.options.spell * spelling, "apart": self.options.match * apart}
             figures |= {"spelling": spelling, "apart": apart}
-        return Loss(total, {name: value.detach() for name, value in {"loss": total, **figures}.items()})
+        return Loss.of(parts, {"loss": sum_of(parts), **figures})
 
     def answering(self, batch: TalkBatch, heard: Tensor | None, step: int) -> tuple[Tensor, Tensor]:
         """Cross-entropy over what the assistant says, and the share of its tokens that are the likeliest."""
@@ -230,12 +241,18 @@ def collate_talks(talks: Sequence[Talk], window: int) -> TalkBatch:
 
 
 def hear_talks(aut: AuT, batch: TalkBatch, device: torch.device) -> Tensor | None:
-    """AuT's rows [n, S, U] of all clips, padded; None where there are none."""
-    return (
-        None
-        if batch.mel is None
-        else aut(batch.mel.to(device, non_blocking=True).float(), window=batch.window, frames=batch.frames)
-    )
+    """AuT's rows [n, S, U] of all clips, padded; None where there are none.
+
+    Of several processes, one without clips hears silence and keeps none of its rows: where the others gather AuT's
+    weights and add up their gradients, it does too.
+    """
+    if batch.mel is not None:
+        mel = batch.mel.to(device, non_blocking=True).float()
+        return aut(mel, window=batch.window, frames=batch.frames)
+    if not ranks.many():
+        return None
+    silence = torch.full((1, aut.config.chunk_frames, aut.config.num_mel_bins), LOG_FLOOR, device=device)
+    return aut(silence, window=batch.window)[:0]
 
 
 def rows_of(aut: AuT, batch: TalkBatch) -> Tensor:

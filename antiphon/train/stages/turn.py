@@ -70,13 +70,13 @@ class TurnStage:
         """One player."""
         return {"turn": ["turn"]}
 
-    def batch(self, step: int) -> TurnBatch:
-        """Clips of one step."""
+    def batch(self, number: int) -> TurnBatch:
+        """Clips of one batch."""
         random = np.random.Generator(
-            np.random.Philox(np.random.SeedSequence([self.setting.recipe.seed, step, 1 << 20]))
+            np.random.Philox(np.random.SeedSequence([self.setting.recipe.seed, number, 1 << 20]))
         )
         window = self.options.windows[int(random.random() * len(self.options.windows))]
-        return self.collate(self.mix.draw(step), window, random)
+        return self.collate(self.mix.draw(number), window, random)
 
     def collate(self, examples: Sequence[Example], window: int, random: np.random.Generator) -> TurnBatch:
         """Clips as tensors, some of them broken off."""
@@ -102,12 +102,16 @@ class TurnStage:
         rows = torch.tensor([self.config.tokens(int(n)) for n in batch.frames])
         return self.turn(heard, rows)
 
+    def counts(self, batch: TurnBatch) -> dict[str, float]:
+        """Clips."""
+        return {"ended": float(len(batch.ended))}
+
     def loss(self, player: str, batch: TurnBatch, step: int) -> Loss:
         """Cross-entropy, and the share that is judged rightly."""
         logits, ended = self.judge(batch), batch.ended.to(self.device, non_blocking=True)
         total = F.binary_cross_entropy_with_logits(logits, ended.float())
         figures = {"loss": total, "right": ((logits > 0) == ended).float().mean()}
-        return Loss(total, {name: value.detach() for name, value in figures.items()})
+        return Loss.of({"ended": total}, figures)
 
     def validate(self) -> Figures:
         """Share of clips judged wrongly; of those broken off, taken for ended, and the other way round."""
