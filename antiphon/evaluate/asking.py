@@ -12,8 +12,8 @@ from antiphon.audio import Samples
 from antiphon.errors import InputError
 from antiphon.evaluate.items import Clip, Item
 from antiphon.evaluate.voice import said
-from antiphon.generate import REFERENCE, Omni, collect
-from antiphon.transcripts import HEARD, transcribe
+from antiphon.generate import REFERENCE, Omni
+from antiphon.transcripts import HEARD, transcribe, written
 
 Sound = tuple[Samples, int]
 LONGEST_ANSWER = 512  # text tokens
@@ -85,7 +85,7 @@ def answer(asked: Asked, item: Item) -> Response:
     session.append_clip(*clip_of(item).read())
     if item.question:
         session.append_text(item.question)
-    return Response(collect(session.respond(audio=False, max_text_tokens=LONGEST_ANSWER)).text)
+    return Response(written(session.respond(audio=False, max_text_tokens=LONGEST_ANSWER))[0])
 
 
 def clip_of(item: Item) -> Clip:

@@ -45,6 +45,10 @@ class Row:
     estimate: Estimate
     unit: str = ""
 
+    def flat(self) -> dict[str, Any]:
+        """As it is written down."""
+        return {"part": self.part, "metric": self.metric, "unit": self.unit, **asdict(self.estimate)}
+
 
 @dataclass
 class Measured:
@@ -149,10 +153,8 @@ def run_set(
         "judges": {"ear": judges.ear_name, "voice": asked.voice, "notes": list(judges.notes)},
         "device": asked.model.device.type,
         "threads": torch.get_num_threads(),
-        "rows": [{**asdict(row), **row.estimate.__dict__} for row in found.rows(chosen)],
+        "rows": [row.flat() for row in found.rows(chosen)],
     }
-    for row in line["rows"]:
-        del row["estimate"]
     with (out / RESULTS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
     return line
@@ -196,7 +198,7 @@ class Published:
     """What somebody reports for a model."""
 
     model: str
-    value: float
+    value: float  # rates and shares as fractions of one
     source: str
 
 
@@ -208,7 +210,8 @@ def published() -> dict[tuple[str, str, str], list[Published]]:
         for part, figures in block["parts"].items():
             for model, value in figures.items():
                 key = (block["set"], str(part), block["metric"])
-                found.setdefault(key, []).append(Published(model, float(value), block["source"]))
+                share = value / 100 if METRICS[block["metric"]].percent else value
+                found.setdefault(key, []).append(Published(model, float(share), block["source"]))
     return found
 
 

@@ -120,9 +120,9 @@ SETS: dict[str, FieldSet] = {
         "VoiceBench",
         asked_sets.voicebench,
         "alpacaeval_full/test-*.parquet, commoneval/, wildvoice/, sd-qa/, mmsu/, openbookqa/, bbh/, ifeval/, advbench/",
-        "choices by the letter that is named (an answer without one is wrong; the official script guesses), refusals by "
-        "words of refusal; AlpacaEval, CommonEval, WildVoice and SD-QA (usa) only with --judge, and IFEval "
-        "by its official script alone, which reads the answers kept here; resampled by request",
+        "choices by the letter that is named (an answer without one is wrong, where the official script guesses), "
+        "refusals by words of refusal; AlpacaEval, CommonEval, WildVoice and SD-QA (usa) are graded only with --judge; "
+        "answers to IFEval are kept for its official script and not graded here; resampled by request",
         whole="overall",
         complete=9,
     ),

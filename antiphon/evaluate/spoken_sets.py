@@ -42,8 +42,8 @@ def aishell2(root: Path) -> Parts:
     def items(folder: Path) -> Iterator[Item]:
         texts, sounds = keyed(folder / "trans.txt"), keyed(folder / "wav.scp")
         for name, text in texts.items():
-            clip = Clip(folder / sounds[name]) if name in sounds else None
-            yield Item(name, "recognise", "errors", clip, text, "zh", clip.source.parent.name if clip else "")
+            place = folder / sounds.get(name, "not listed")
+            yield heard(name, Clip(place), text, "zh", place.parent.name)
 
     folders = sorted(path.parent for path in root.glob("*/*/trans.txt"))
     return {f"{folder.parent.name} {folder.name}": items(folder) for folder in folders}
