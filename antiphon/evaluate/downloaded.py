@@ -83,7 +83,7 @@ def alike(response: Response) -> float | None:
 
 @cache
 def _utmos() -> Any:
-    return torch.hub.load(*UTMOS, trust_repo=True)
+    return torch.hub.load(*UTMOS, trust_repo=True)  # type: ignore[arg-type]  # stated as a text alone
 
 
 @torch.inference_mode()

@@ -40,7 +40,7 @@ def write_page(out: Path) -> Path:
         "runs": "".join(map(run_row, lines)),
     }
     for name, text in filled.items():
-        page = page.reaxis.x(f"{{{{{name}}}}}", text)
+        page = page.replace(f"{{{{{name}}}}}", text)
     write_text(out / REPORT, page)
     return out / REPORT
 

@@ -29,7 +29,7 @@ def prepared(kind: str, language: str, root: Path) -> Parts:
             except (BadRow, OSError, soundfile.SoundFileError):
                 yield Item(row.name, "recognise", "errors", None)
                 continue
-            clip = Clip(Path(recording.sources[0].source))
+            clip = Clip(Path(str(recording.sources[0].source)))
             yield heard(said.id, clip, said.text or "", language, said.speaker or "")
 
     return {part: items(rows) for part, rows in KINDS[kind].rows(root.absolute()).items() if rows}
