@@ -23,7 +23,18 @@ from antiphon.train.prepare import AISHELL_TEXT
 RATE = 16000
 Say = Callable[[str, str], np.ndarray]  # text and language to samples at RATE
 Words = Callable[[str, int], str]  # language and number to a text
-COMMON_VOICE = ("client_id", "path", "sentence", "up_votes", "down_votes", "age", "gender", "accents", "locale", "segment")
+COMMON_VOICE = (
+    "client_id",
+    "path",
+    "sentence",
+    "up_votes",
+    "down_votes",
+    "age",
+    "gender",
+    "accents",
+    "locale",
+    "segment",
+)
 GENRES = ("blues", "classical", "country", "disco", "hiphop", "jazz", "metal", "pop", "reggae", "rock")
 
 
@@ -189,10 +200,13 @@ class Trees:
     def muchomusic(self, root: Path) -> None:
         wrong = ["A cello", "A flute", "An oboe", "A harp"]
         asked = {"question": "Which instrument leads?", "caption": "", "correct_answer": "A piano", "PI": 0.9}
-        self.text(root / "RUL-MuchoMusic.json", json.dumps({n: {**asked, "distractors": wrong} for n in ("1740", "1862")}))
+        self.text(
+            root / "RUL-MuchoMusic.json", json.dumps({n: {**asked, "distractors": wrong} for n in ("1740", "1862")})
+        )
         for name in ("1740", "1862"):
             self.sound(root / "audio" / f"{name}.mp3", name)
-        heading = "question,correct_answer,distractor_1_answer,distractor_2_answer,distractor_3_answer,dataset,dataset_identifier"
+        heading = "question,correct_answer,distractor_1_answer,distractor_2_answer,distractor_3_answer,dataset"
+        heading += ",dataset_identifier"
         row = "Which instrument leads?,A piano,A cello,A flute,An oboe"
         self.text(root / "data/muchomusic.csv", f"{heading}\n{row},sdd,415600.json\n{row},musiccaps,ab_cd_0.json\n")
         self.text(root / "data/sdd/song_describer.csv", "caption_id,track_id,path\n1,415600,00/415600.mp3\n")
