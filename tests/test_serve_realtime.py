@@ -4,6 +4,7 @@ import asyncio
 import base64
 import gc
 import json
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from weakref import WeakSet
 
 import numpy as np
 import pytest
+from starlette.websockets import WebSocket
 from torch import Tensor
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
@@ -24,6 +26,7 @@ from antiphon.engine.lanes import Speaking
 from antiphon.errors import InputError
 from antiphon.generate import Omni, collect
 from antiphon.serve.cutting import PATIENCE
+from antiphon.serve.realtime import Lobby
 from antiphon.serve.settings import Settings
 from antiphon.serve.sounds import WireOut, from_wire
 from antiphon.serve.speaker import Playback
@@ -842,6 +845,28 @@ def test_a_stopped_server_finishes_its_sentence():
         assert closed.value.rcvd.code == 1001
         done = next(event for event in c.events if event["type"] == "response.done")
         assert done["response"]["status"] == "completed"
+
+
+def test_a_session_whose_client_is_gone_does_not_keep_a_server_from_stopping(monkeypatch):
+    lose, lost = Lobby.lose, threading.Event()
+    monkeypatch.setattr(Lobby, "lose", lambda self, session: (lose(self, session), lost.set()))
+    with serving(Settings(stop_seconds=120)) as served, line(served) as c:  # which waits less long for it to end
+        c.socket.close(1011)
+        assert lost.wait(30)
+
+
+def test_who_is_gone_before_being_let_in_leaves_no_session_behind(monkeypatch):
+    async def gone(socket: WebSocket, *how: Any, **named: Any) -> None:
+        raise RuntimeError("the client is gone")
+
+    with serving(make=lambda: engine(1)) as served:
+        with monkeypatch.context() as patch:
+            patch.setattr(WebSocket, "accept", gone)
+            with pytest.raises(InvalidStatus, match="500"), line(served):
+                pass
+        with line(served) as c:
+            c.say("What day is it?")
+            assert c.last("conversation.item.done")
 
 
 def test_pages_of_others_may_not_open_one(server):

@@ -319,12 +319,13 @@ class Lobby:
                 self.house.shelves.forget(session.id, self.house.settings.worker)
 
     def lose(self, session: Session) -> None:
-        """Keep a session for its client to come back to, for a while."""
+        """Keep a session for its client to come back to, for a while; not while the server is being stopped."""
         self._losing.do(self._wait_for(session))
 
     async def _wait_for(self, session: Session) -> None:
         session.lost_at = lost_at = time.monotonic()
-        await asyncio.sleep(self.house.settings.resume_seconds)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(session.ending.wait(), self.house.settings.resume_seconds)
         if session.lost_at == lost_at:
             self.leave(session)
 
@@ -356,13 +357,15 @@ async def realtime(socket: WebSocket) -> None:
         session = await lobby.enter(who, house.check_model(asked.get("model")), kind)
         await session.begin()
     offered = [name.strip() for name in socket.headers.get("sec-websocket-protocol", "").split(",")]
-    await socket.accept("realtime" if "realtime" in offered else None)
-    note("realtime", id=socket.state.request_id, session=session.id)
-    left = await converse(socket, session, house.settings.idle_seconds)
-    if left is None and not house.stopping and house.settings.resume_seconds:
-        lobby.lose(session)
-        return
-    lobby.leave(session)
+    left = None if "session_id" in asked else (NORMAL, "")  # who is not let in has no token to come back with
+    try:
+        await socket.accept("realtime" if "realtime" in offered else None)
+        note("realtime", id=socket.state.request_id, session=session.id)
+        left = None
+        left = await converse(socket, session, house.settings.idle_seconds)
+    finally:
+        may_return = left is None and not house.stopping and house.settings.resume_seconds
+        (lobby.lose if may_return else lobby.leave)(session)
     if socket.application_state is WebSocketState.CONNECTED and left is not None:
         with contextlib.suppress(RuntimeError, WebSocketDisconnect):
             await socket.close(*left)

@@ -39,9 +39,9 @@ session.transport.on("*", (event) => {
   events.push(event);
   waiting();
 });
-let samples = 0;
+const sounds = new Map(); // by answer
 let interruptions = 0;
-session.on("audio", (event) => (samples += event.data.byteLength / 2));
+session.on("audio", ({ responseId, data }) => sounds.set(responseId, [...(sounds.get(responseId) ?? []), Buffer.from(data)]));
 session.on("audio_interrupted", () => (interruptions += 1));
 session.on("error", (error) => {
   console.error(error);
@@ -58,10 +58,15 @@ async function until(...kinds) {
 }
 
 const turn = (seen) => ({
-  heard: seen.find((e) => e.type === "conversation.item.input_audio_transcription.completed")?.transcript,
-  item: seen.find((e) => e.type === "conversation.item.input_audio_transcription.completed")?.item_id,
+  heard: seen.find((e) => e.type === HEARD)?.transcript,
+  item: seen.find((e) => e.type === HEARD)?.item_id,
   deltas: seen.filter((e) => e.type === "response.output_audio_transcript.delta").map((e) => e.delta).join(""),
-  said: seen.find((e) => e.type === "response.output_audio_transcript.done")?.transcript,
+  ...answer(seen.find((e) => e.type === "response.output_audio_transcript.done")),
+});
+const answer = (done) => ({
+  said: done?.transcript,
+  answer: done?.item_id,
+  sound: Buffer.concat(sounds.get(done?.response_id) ?? []).toString("base64"),
 });
 const HEARD = "conversation.item.input_audio_transcription.completed";
 
@@ -74,27 +79,29 @@ function say(...sounds) {
     session.sendAudio(piece.buffer.slice(piece.byteOffset, piece.byteOffset + piece.length));
   }
 }
-async function kept(told) {
-  session.transport.sendEvent({ type: "conversation.item.retrieve", item_id: told.item });
-  const isIt = (e) => e.type === "conversation.item.retrieved" && e.item.id === told.item;
+async function kept(id) {
+  session.transport.sendEvent({ type: "conversation.item.retrieve", item_id: id });
+  const isIt = (e) => e.type === "conversation.item.retrieved" && e.item.id === id;
   let found; // the client itself asks for what was cut
   while (!(found = (await until("conversation.item.retrieved")).find(isIt)));
-  return { ...told, sound: found.item.content[0].audio };
+  return found.item;
 }
-const sounds = questions.map((path) => readFileSync(path));
+const spoken = questions.map((path) => readFileSync(path));
 const turns = [];
-say(sounds[0], PAUSE);
+say(spoken[0], PAUSE);
 const first = await until("response.output_audio.delta", HEARD);
-say(PAUSE.subarray(0, 12000), sounds[1]); // while it speaks
+say(PAUSE.subarray(0, 12000), spoken[1]); // while it speaks
 const cut = (await until("conversation.item.truncated")).find((e) => e.type === "conversation.item.truncated");
-turns.push(await kept(turn(first)));
+turns.push(turn(first));
 say(PAUSE);
-turns.push(await kept(turn(await until("response.output_audio_transcript.done", "response.done", HEARD))));
+turns.push(turn(await until("response.output_audio_transcript.done", "response.done", HEARD)));
 choose("required");
-say(sounds[2], PAUSE);
-turns.push(await kept(turn(await until("response.done", HEARD))));
+say(spoken[2], PAUSE);
+turns.push(turn(await until("response.done", HEARD)));
 await until("response.done"); // what it says of the tool's result
-const last = events.filter((e) => e.type === "response.output_audio_transcript.done").at(-1)?.transcript;
-writeFileSync(1, JSON.stringify({ turns, asked, samples, last, cut: cut.item_id, interruptions })); // all of it, before the process ends
+const last = answer(events.filter((e) => e.type === "response.output_audio_transcript.done").at(-1));
+const items = [];
+for (const { item } of events.filter((e) => e.type === "conversation.item.added")) items.push(await kept(item.id));
+writeFileSync(1, JSON.stringify({ turns, last, items, asked, cut: cut.item_id, interruptions })); // all of it, before the process ends
 session.close();
 process.exit(0);

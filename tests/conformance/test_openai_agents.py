@@ -11,7 +11,7 @@ from agents.realtime.model_inputs import (
     RealtimeModelSendRawMessage,
 )
 
-from tests.conformance.conftest import FRAME, RATE, Server
+from tests.conformance.conftest import RATE, Server, check_kept, check_retold
 
 PAUSE = bytes(2 * RATE)
 PIECE = 2 * RATE // 25
@@ -25,6 +25,7 @@ class Conversation:
         self.raw: list[dict[str, Any]] = []  # events of the server since the last `until`
         self.kinds: list[str] = []  # of the session's own events, likewise
         self.sound = b""
+        self.ids: list[str] = []  # of all items
 
     async def say(self, pcm: bytes) -> None:
         for start in range(0, len(pcm), PIECE):
@@ -43,6 +44,8 @@ class Conversation:
                 raise AssertionError(event.error)
             elif event.type == "raw_model_event" and event.data.type == "raw_server_event":
                 self.raw.append(event.data.data)
+                if event.data.data["type"] == "conversation.item.added":
+                    self.ids.append(event.data.data["item"]["id"])
                 wanted.discard(event.data.data["type"])
                 if not wanted:
                     return event.data.data
@@ -50,6 +53,13 @@ class Conversation:
     async def send(self, kind: str, **fields: Any) -> None:
         message: RealtimeModelRawClientMessage = {"type": kind, "other_data": fields}
         await self.session.model.send_event(RealtimeModelSendRawMessage(message=message))
+
+    async def item(self, id: str) -> dict[str, Any]:
+        """An item as the server keeps it; the client itself asks for what was cut."""
+        await self.send("conversation.item.retrieve", item_id=id)
+        while (kept := await self.until("conversation.item.retrieved"))["item"]["id"] != id:
+            pass
+        return kept["item"]
 
     async def choose(self, tool_choice: str) -> None:
         await self.send("session.update", session={"type": "realtime", "tool_choice": tool_choice})
@@ -95,28 +105,27 @@ async def converse(server: Server, questions: list[bytes]) -> None:
         await c.say(PAUSE)
         heard += c.raw
         await c.until("response.done", HEARD)
-        assert c.said()
-        assert len(c.sound) >= FRAME
-        server.said.append((c.said(), c.sound))
+        text, sound = c.said(), c.sound
         heard += c.raw
+        check_kept(server, await c.item(c.ids[-1]), text, sound)
         first, second = (event for event in heard if event["type"] == HEARD)
         assert cut["item_id"] != second["item_id"]
         for event in (first, second):
-            await c.send("conversation.item.retrieve", item_id=event["item_id"])
-            kept = await c.until("conversation.item.retrieved")
-            while kept["item"]["id"] != event["item_id"]:  # the client asks for what was cut
-                kept = await c.until("conversation.item.retrieved")
-            assert event["transcript"] == server.heard(base64.b64decode(kept["item"]["content"][0]["audio"]))
+            kept = await c.item(event["item_id"])
+            assert event["transcript"] == server.heard(base64.b64decode(kept["content"][0]["audio"]))
         await c.choose("required")
         await c.until("session.updated")
         await c.say(questions[2] + PAUSE)
         await c.until("response.done", HEARD)
         await c.until("response.done")
         assert len(asked) == 1
-        assert c.said()
+        text, sound = c.said(), c.sound
         history = [item.content[0].transcript for item in session._history if item.type == "message"]
         assert first["transcript"] in history
-        assert c.said() in history
+        assert text in history
+        items = [await c.item(id) for id in c.ids]
+        check_kept(server, items[-1], text, sound)
+    check_retold(server, items)
 
 
 def test_three_spoken_turns_with_barge_in_and_a_tool(server, questions):
