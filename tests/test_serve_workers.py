@@ -120,7 +120,7 @@ def test_a_session_goes_on_elsewhere_when_its_worker_is_killed_and_the_others_no
         assert ask(b) == first
         b.socket.close(1000)
         until(lambda: group.told("warm") == 3, 120)
-        with line(group.served, **back(a)) as again:
+        with line(group.served, None, True, **back(a)) as again:
             assert back(again) == back(a)
             second = ask(again)
             messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": first}]

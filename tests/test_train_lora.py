@@ -83,7 +83,7 @@ def test_thinker_and_talker_say_the_same_with_them_in_the_weights():
         }
         adapted = model.thinker(x)[0], speech.talker(y)
     assert not any(p.requires_grad for n, p in boxes.named_parameters() if ".layers." in n and n not in moving)
-    sum(z.square().sum() for z in (model.thinker(x)[0], speech.talker(y))).backward()
+    torch.stack([z.square().sum() for z in (model.thinker(x)[0], speech.talker(y))]).sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in moving.values())
     for box, name in ((again.thinker, "thinker"), (again.speaking().talker, "talker")):
         tensors = {n.removeprefix(f"{name}."): t for n, t in boxes.state_dict().items() if n.startswith(f"{name}.")}

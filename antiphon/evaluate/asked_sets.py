@@ -5,13 +5,14 @@ Each knows the layout in which a set is published, and nothing else; `sets.py` l
 
 from __future__ import annotations
 
-import random
 import re
 from ast import literal_eval
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from antiphon.evaluate.items import Clip, Item, Parts, inside, parquet_rows, read_json, read_lines, read_table
 
@@ -25,10 +26,11 @@ BY_WORDS = "{}\nChoose the right option and answer with its words alone:\n{}"
 
 def by_letter(name: str, clip: Clip | None, question: str, right: str, wrong: Sequence[str], group: str = "") -> Item:
     """A question whose options are in an order that its name decides."""
-    choices = [right, *wrong]
-    random.Random(name).shuffle(choices)
-    options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
-    asked = BY_LETTER.format(question, options)
+    options = [right, *wrong]
+    order = np.random.default_rng([*name.encode()]).permutation(len(options))
+    choices = [options[i] for i in order]
+    lettered = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
+    asked = BY_LETTER.format(question, lettered)
     return Item(name, "choose", "letter", clip, right, group=group, question=asked, choices=tuple(choices))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -140,6 +140,9 @@ def evaluate(
     download: Annotated[bool, typer.Option("--download", help=DOWNLOAD)] = False,
     judge: Annotated[str | None, typer.Option(help=JUDGE)] = None,
     judge_model: Annotated[str, typer.Option(help="Model that grades at --judge.")] = "gpt-4o-mini",
+    note: Annotated[
+        str, typer.Option(help="What the report should say of a set, such as that it is not the real one.")
+    ] = "",
     cuts: Annotated[Path, typer.Option(help="Folder of tiny's test sets; what is missing is made.")] = Path(
         "cuts/tiny"
     ),
@@ -177,7 +180,7 @@ def evaluate(
     judges = scoring.offline(asked)
     judges = downloaded.with_downloads(judges) if download else judges
     judges = downloaded.with_grader(judges, judge, judge_model) if judge else judges
-    print_set(evaluate_set(asked, judges, model, name, items, out), out, as_json)
+    print_set(evaluate_set(asked, judges, model, name, items, out, note), out, as_json)
 
 
 def table_rows(
@@ -203,7 +206,7 @@ def table_rows(
         make_sets(recipe, cuts)
     rows: list[Row] = []
     with Progress(*COLUMNS, TimeRemainingColumn(), console=say, transient=True) as progress:
-        trial = Trial(omni, cuts, limit, lambda items, what: progress.track(items, description=what))
+        trial = Trial(omni, cuts, limit, partial(_tracked, progress))
         if data is not None:
             found = world.rates_of(replace(trial, cuts=data.parent), data.name, window)
         else:
@@ -218,18 +221,21 @@ def table_rows(
 
 
 def evaluate_set(
-    asked: Asked, judges: Judges, model: str, name: str, items: dict[str, list[Item]], out: Path
+    asked: Asked, judges: Judges, model: str, name: str, items: dict[str, list[Item]], out: Path, note: str
 ) -> dict[str, Any]:
     """Measure one set of the field and write the report anew; its line of results.jsonl."""
     from antiphon.evaluate.page import write_page
     from antiphon.evaluate.runs import run_set
 
     with Progress(*COLUMNS, TimeRemainingColumn(), console=say, transient=True) as progress:
-        line = run_set(
-            asked, judges, model, name, items, out, lambda items, what: progress.track(items, description=what)
-        )
+        track = partial(_tracked, progress)
+        line = run_set(asked, judges, model, name, items, out, track, note)
     write_page(out)
     return line
+
+
+def _tracked(progress: Progress, items: Sequence[Any], what: str) -> Iterable[Any]:
+    return progress.track(items, description=what)
 
 
 def print_set(line: dict[str, Any], out: Path, as_json: bool) -> None:

@@ -48,8 +48,10 @@ def write_page(out: Path) -> Path:
 def section(name: str, runs: dict[str, dict[str, Any]]) -> str:
     """One set: what is measured, a plot and a table of each metric, and what to know about the runs."""
     chosen = SETS[name]
+    warnings = [f"{model}: {line['note']}" for model, line in runs.items() if line["note"]]
     metrics = dict.fromkeys(row["metric"] for line in runs.values() for row in line["rows"])
     parts = [f"<section><h2>{escape(chosen.title)}</h2><p class='sub'>{escape(chosen.protocol)}.</p>"]
+    parts += [f"<p class='own'><b>{escape(warning)}</b></p>" for warning in warnings]
     for metric in metrics:
         rows = [(model, row) for model, line in runs.items() for row in line["rows"] if row["metric"] == metric]
         parts.append(f"<figure>{plot(name, metric, rows)}{table(name, metric, rows)}</figure>")
@@ -64,7 +66,7 @@ def notes(model: str, line: dict[str, Any]) -> Iterator[str]:
     yield f"{model}: items taken: {counts}."
     if data["left_out"]:
         yield f"{model}: {data['left_out']} items had no readable sound, such as {'; '.join(data['left_out_first'])}."
-    if any("similarity" in row["metric"] or row["metric"] == "DNSMOS" for row in line["rows"]):
+    if judges["ear"]:
         voice = f"; all in the voice {judges['voice']}" if judges["voice"] else ""
         yield f"{model}: what was said was written down by {judges['ear']}{voice}."
     yield from (f"{model}: {note}." for note in judges["notes"])

@@ -120,15 +120,22 @@ def record(part: str, item: Item, text: str, counts: dict[str, tuple[float, floa
 
 
 def run_set(
-    asked: Asked, judges: Judges, model: str, name: str, items: dict[str, list[Item]], out: Path, track: Track
+    asked: Asked,
+    judges: Judges,
+    model: str,
+    name: str,
+    items: dict[str, list[Item]],
+    out: Path,
+    track: Track,
+    note: str = "",
 ) -> dict[str, Any]:
-    """Measure a set and add its line to OUT/results.jsonl; the line.
+    """Measure a set and add its line to OUT/results.jsonl, with a note for whoever reads it; the line.
 
     Raises:
         InputError: what `measure` raises, or a folder that cannot be written to.
     """
     began, clock = datetime.now(UTC), time.monotonic()
-    run = f"{began:%Y%m%dT%H%M%S}-{name}"
+    run = f"{began:%Y%m%dT%H%M%S}{began.microsecond // 1000:03}-{name}"
     chosen, place = find_set(name), out / ANSWERS / f"{run}.jsonl"
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -136,10 +143,13 @@ def run_set(
             found = measure(asked, judges, items, track, answers)
     except OSError as error:
         raise InputError(f"{place} cannot be written ({error.strerror}); give another --out") from None
+    speaks = any(item.task == "clone" for some in items.values() for item in some)
+    notes = list(judges.notes) if speaks or judges.answers else []
     line = {
         "run": run,
         "began": began.isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - clock, 1),
+        "note": note,
         "command": shlex.join(["antiphon", *sys.argv[1:]]),
         "versions": {package: installed(package) for package in ("antiphon", "torch", "transformers")},
         "model": {"name": model, "sha256": model_digest(asked.model.beside), "dtype": str(asked.model.dtype)},
@@ -150,7 +160,7 @@ def run_set(
             "left_out": len(found.left_out),
             "left_out_first": found.left_out[:NAMED],
         },
-        "judges": {"ear": judges.ear_name, "voice": asked.voice, "notes": list(judges.notes)},
+        "judges": {"ear": judges.ear_name if speaks else None, "voice": asked.voice, "notes": notes},
         "device": asked.model.device.type,
         "threads": torch.get_num_threads(),
         "rows": [row.flat() for row in found.rows(chosen)],

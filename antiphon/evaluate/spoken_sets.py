@@ -62,13 +62,15 @@ def wenetspeech(root: Path) -> Parts:
     return dict(parts)
 
 
+COMMON_VOICE = {"zh-CN": "zh", "zh-TW": "zh", "zh-HK": "yue", "yue": "yue"}  # elsewhere a name begins with its code
+
+
 def common_voice(root: Path) -> Parts:
     """LANGUAGE/test.tsv with LANGUAGE/clips/*.mp3 beside it."""
     root = next(iter(sorted(root.glob("cv-corpus-*"))), root)
 
     def items(table: Path) -> Iterator[Item]:
-        language = {"zh-CN": "zh", "zh-TW": "zh", "zh-HK": "yue"}.get(table.parent.name, table.parent.name[:2])
-        language = "yue" if table.parent.name == "yue" else language
+        language = COMMON_VOICE.get(table.parent.name, table.parent.name[:2])
         for row in read_table(table):
             clip = Clip(table.parent / "clips" / row["path"])
             yield heard(row["path"], clip, row["sentence"], language, row["client_id"])

@@ -95,13 +95,14 @@ def _speaker_and_judge(setting: Setting, options: PairsOptions) -> tuple[Say, Ju
         raise ConfigError(f"{recipe.name}: init names no {', '.join(missing)}; pairs are said and read back")
     setting.prepare(nn.ModuleDict(parts)).eval()
     front, rate = LogMel(speaker.config.mel).to(setting.device), config.code2wav.sample_rate
+    frame_rate = config.code2wav.frame_rate
     listener = Listener(boxes.aut, rate, decoder)
 
     def say(example: Example, seed: int) -> Samples:
         recorded = torch.from_numpy(sound_of((example, 0), speaker.config.sample_rate).copy()).to(setting.device)
         with torch.inference_mode():
             voice = speaker(front(recorded[None], final=True))[0]
-        frames = round(example.cut.supervisions[0].duration * config.code2wav.frame_rate)
+        frames = round(example.cut.supervisions[0].duration * frame_rate)
         text = example.cut.supervisions[0].text
         return collect(boxes.speak(text, voice=voice, seed=seed, max_frames=LONGEST * frames + 1)).audio
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,8 +110,9 @@ class PreferenceStage(SpeechStage):
     def as_before(self) -> Iterator[None]:
         """Talker and MTP as they were before training."""
         speech = self.boxes.speaking()
-        now = speech.talker, speech.mtp
-        speech.talker, speech.mtp = self.before
+        now: Any = speech.talker, speech.mtp
+        before: Any = self.before
+        speech.talker, speech.mtp = before
         try:
             yield
         finally:
