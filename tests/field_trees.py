@@ -193,7 +193,7 @@ class Trees:
             for start in (0, 29):
                 path = f"{folder}/artist-album-{number}-track-{start}-{start + 29}.mp3"
                 self.sound(root / path, path)
-                has = ["1" if i < 4 and i != number % 4 else "0" for i in range(len(tags))]
+                has = [str(int(i != number % 4 if i < 4 else number == 0)) for i in range(len(tags))]
                 write.writerow([f"{number}{start}", *has, path])
         self.text(root / "annotations_final.csv", table.getvalue())
 
