@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,11 @@ def alike(whole: Samples, part: Samples) -> Samples:
     return (cross / (np.sqrt(np.maximum(energy, 1e-9)) * np.linalg.norm(part))).astype(np.float32)
 
 
+def like(one: str, other: str) -> float:
+    """How like two texts are: 1 is the same."""
+    return SequenceMatcher(None, one, other).ratio()
+
+
 def first_loud(x: Samples) -> int:
     """Where silence ends."""
     return int((np.abs(x) > 0.003).argmax())
@@ -228,9 +234,11 @@ def test_a_spoken_question_is_answered_interrupted_and_answered_again(server, br
     begun, ended = found_in(sound, last, stopped + RATE // 20)
     assert begun - stopped > RATE, "the answer went on after it was interrupted"
     said = second["output"][0]["content"][0]["transcript"]
-    read = transcribe(tiny(), sound[begun:ended], RATE).text
+    read, *others = (transcribe(tiny(), part, RATE).text for part in (sound[begun:ended], last, heard))
     assert read
-    print(f"said {said!r}, read back as {read!r}; interrupted after {truncated['audio_end_ms']} ms")
+    assert like(read, others[0]) > like(read, others[1]), "what is played is not what was sent, to who listens to it"
+    print(f"said {said!r}, read back as {read!r}, and as {others[0]!r} before it was played")
+    print(f"interrupted after {truncated['audio_end_ms']} ms")
     assert page.problems == []
     picture(page, "page")
 

@@ -149,9 +149,9 @@ def plot(name: str, metric: str, rows: Sequence[tuple[str, Row]]) -> str:
     for number, ((model, row), some) in enumerate(zip(rows, others, strict=True)):
         marks.append(line_of(f"{row['part']} · {model}", metric, row, some, TOP + STEP * (number + 0.5), axis))
     better = "less is better" if METRICS[metric].less_is_better else "more is better"
-    label = escape(f"{metric}, {better}: filled with its interval is what was measured here, rings are published")
+    label = escape(f"{metric}, {better}: filled and with its interval, measured here; rings, published")
     height = bottom + 40
-    caption = f"<text class='soft' x='{LEFT}' y='{bottom + 34}'>{label}</text>"
+    caption = f"<text class='soft' x='{WIDTH - RIGHT}' y='{bottom + 34}' text-anchor='end'>{label}</text>"
     return f"<svg viewBox='0 0 {WIDTH} {height}' role='img' aria-label='{label}'>{''.join(marks)}{caption}</svg>"
 
 

@@ -168,7 +168,8 @@ def _there_and_back(laid: Laid) -> tuple[float, float, float]:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = laid.loss()
         forward = counter.get_total_flops() + fused.forward
-        loss.backward()
+        if loss.requires_grad:  # else nothing moves outside the layers
+            loss.backward()
     return float(sum(seen.values())), forward, counter.get_total_flops() + fused.forward + fused.backward
 
 

@@ -40,6 +40,7 @@ async def converse(server: Server, questions: list[bytes]) -> None:
     cut: asyncio.Queue[Any] = asyncio.Queue()
     began: asyncio.Queue[Any] = asyncio.Queue()
     ids: list[str] = []  # of all items
+    voices: list[str] = []  # that the client asked for
 
     def raw(event: dict[str, Any]) -> None:
         if event["type"] == "error":  # an answer that the server has cut short itself cannot be cancelled any more
@@ -48,6 +49,8 @@ async def converse(server: Server, questions: list[bytes]) -> None:
             cut.put_nowait(event["item_id"])
         if event["type"] == "conversation.item.retrieved":
             kept.put_nowait(event["item"])
+        if event["type"] == "session.updated":
+            voices.append(event["session"]["audio"]["output"]["voice"])
         if event["type"] == "conversation.item.added":
             ids.append(event["item"]["id"])
 
@@ -120,7 +123,7 @@ async def converse(server: Server, questions: list[bytes]) -> None:
         items = [await item_of(id) for id in ids]
         check_kept(server, items[-1], text, sound)
         await session.aclose()
-    check_retold(server, items)
+    check_retold(server, items, audio={"output": {"voice": voices[-1]}})
 
 
 def test_three_spoken_turns_with_barge_in_and_a_tool(server, questions):

@@ -26,6 +26,7 @@ class Conversation:
         self.kinds: list[str] = []  # of the session's own events, likewise
         self.sound = b""
         self.ids: list[str] = []  # of all items
+        self.voice = ""  # that the client asks for
 
     async def say(self, pcm: bytes) -> None:
         for start in range(0, len(pcm), PIECE):
@@ -44,11 +45,19 @@ class Conversation:
                 raise AssertionError(event.error)
             elif event.type == "raw_model_event" and event.data.type == "raw_server_event":
                 self.raw.append(event.data.data)
-                if event.data.data["type"] == "conversation.item.added":
-                    self.ids.append(event.data.data["item"]["id"])
+                self._note(event.data.data)
                 wanted.discard(event.data.data["type"])
                 if not wanted:
                     return event.data.data
+
+    def _note(self, event: dict[str, Any]) -> None:
+        match event["type"]:
+            case "conversation.item.added":
+                self.ids.append(event["item"]["id"])
+            case "session.updated":
+                self.voice = event["session"]["audio"]["output"]["voice"]
+            case _:
+                pass
 
     async def send(self, kind: str, **fields: Any) -> None:
         message: RealtimeModelRawClientMessage = {"type": kind, "other_data": fields}
@@ -125,7 +134,7 @@ async def converse(server: Server, questions: list[bytes]) -> None:
         assert text in history
         items = [await c.item(id) for id in c.ids]
         check_kept(server, items[-1], text, sound)
-    check_retold(server, items)
+    check_retold(server, items, audio={"output": {"voice": c.voice}})
 
 
 def test_three_spoken_turns_with_barge_in_and_a_tool(server, questions):

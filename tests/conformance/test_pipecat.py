@@ -112,7 +112,8 @@ async def converse(server: Server, questions: list[bytes]) -> None:
         assert isinstance(frame, TranscriptionFrame)
         heard.append((frame.result.item_id, frame.text))
 
-    async def talk() -> None:
+    async def talk() -> list[dict[str, Any]]:
+        """Three turns; all items of the conversation."""
         await say(questions[0] + PAUSE)
         await after.until(TTSAudioRawFrame)
         await written()
@@ -140,16 +141,17 @@ async def converse(server: Server, questions: list[bytes]) -> None:
         assert said(answer) in [message.get("content") for message in messages]
         items = [await item_of(id) for id in ids]
         check_kept(server, items[-1], said(answer), sound(answer))
-        check_retold(server, items, max_output_tokens=LIMIT)
+        return items
 
     runner = WorkerRunner(handle_sigint=False)
     await runner.add_workers(worker)
     running = asyncio.create_task(runner.run())
     try:
-        await talk()
+        items = await talk()
     finally:
         await worker.cancel()
         await running
+    check_retold(server, items, max_output_tokens=LIMIT)
 
 
 def test_three_spoken_turns_with_barge_in_and_a_tool(server, questions):
