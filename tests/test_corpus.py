@@ -215,7 +215,7 @@ def met() -> dict[str, dict[str, set[str]]]:
         patch.setattr(noises, "render", lambda kind, s, rng, timbres: asked(s, noise=f"{timbres} {kind}"))
         for name, s in read_corpus(RECIPES / "corpus.yaml").items():
             now = found[name] = {kind: set() for kind in kinds}
-            count = len(s.dialogs or KINDS) if s.kind == "dialog" else 3 if s.languages else 24
+            count = len(s.dialogs or KINDS) if s.kind in ("dialog", "asked") else 3 if s.languages else 24
             small = replace(s, count=count, augment=0.0)
             for clip in (make_clip(name, small, i) for i in range(size_of(small))):
                 now["template"] |= {

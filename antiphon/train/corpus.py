@@ -61,7 +61,7 @@ SHIFT = Augment(1.0, *(0.0,) * 6, speed_factor=(0.85, 1.18))
 class Set:
     """One manifest of a corpus."""
 
-    kind: str  # speech, music, sound, over (speech over an everyday sound), dialog, digits, words
+    kind: str  # speech, music, sound, over (speech over an everyday sound), dialog, asked (its question), digits, words
     count: int  # clips, of each language where there are languages
     split: str = "train"  # of the world's sentences; timbres and sounds are "train" or "held-out" with the voices
     languages: tuple[str, ...] = ()
@@ -270,7 +270,7 @@ def texts_of(s: Set) -> Iterator[Texts]:
     """All that a set says."""
     if s.kind in ("speech", "over"):
         yield from (sentences_of(s, language) for language in s.languages)
-    elif s.kind == "dialog":
+    elif s.kind in ("dialog", "asked"):
         languages = s.languages or DIALOG_LANGUAGES
         yield from (dialogs_of(s, language, kind) for language in languages for kind in kinds_of(s))
 
@@ -479,6 +479,17 @@ def conversation(s: Set, index: int, rng: np.random.Generator) -> Clip:
     return in_turn(s, parts, {**custom, "language": language})
 
 
+def asked(s: Set, index: int, rng: np.random.Generator) -> Clip:
+    """The first question of a dialog alone, to be written down."""
+    languages, kinds = s.languages or DIALOG_LANGUAGES, kinds_of(s)
+    language, rest = languages[index % len(languages)], index // len(languages)
+    kind = kinds[rest % len(kinds)]
+    at = found(dialogs_of(s, language, kind))[rest // len(kinds)]
+    talk = dialog_at(language, kind, check_split(s.split), s.seed, at)
+    question = next(turn.question for turn in talk.turns if turn.question)
+    return spoken(question, draw_voice(s, rng))
+
+
 def played(clip: dialog.Clip, s: Set, rng: np.random.Generator) -> Clip:
     """What is played before a question."""
     if clip.sentence is not None:
@@ -515,6 +526,7 @@ KINDS = {
     "music": tune,
     "sound": sound,
     "dialog": conversation,
+    "asked": asked,
     "digits": digits,
     "words": words,
 }
