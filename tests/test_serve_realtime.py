@@ -12,6 +12,7 @@ from typing import Any
 from weakref import WeakSet
 
 import numpy as np
+import openai
 import pytest
 from starlette.websockets import WebSocket
 from torch import Tensor
@@ -786,6 +787,25 @@ def test_sessions_have_a_limit_and_lost_ones_make_room():
         pass
 
 
+def test_lost_sessions_make_room_for_other_requests(monkeypatch):
+    ask: Any = {"model": "tiny", "messages": [{"role": "user", "content": "What day is it?"}]}
+    lost = tell_of_lost(monkeypatch)
+    with serving(make=lambda: engine(1)) as served:
+        with line(served) as c:
+            with pytest.raises(openai.InternalServerError, match="503"):
+                served.client().chat.completions.create(**ask)
+            c.socket.close(1011)
+        assert lost.wait(30)
+        assert served.client().chat.completions.create(**ask).choices[0].message.content
+
+
+def tell_of_lost(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set when a session has lost its connection."""
+    lose, lost = Lobby.lose, threading.Event()
+    monkeypatch.setattr(Lobby, "lose", lambda self, session: (lose(self, session), lost.set()))
+    return lost
+
+
 def test_a_message_beyond_the_limit_ends_its_connection_and_the_session_can_be_taken_up():
     with serving(Settings(message_bytes=20_000)) as served, line(served) as other:
         with line(served) as c:
@@ -848,8 +868,7 @@ def test_a_stopped_server_finishes_its_sentence():
 
 
 def test_a_session_whose_client_is_gone_does_not_keep_a_server_from_stopping(monkeypatch):
-    lose, lost = Lobby.lose, threading.Event()
-    monkeypatch.setattr(Lobby, "lose", lambda self, session: (lose(self, session), lost.set()))
+    lost = tell_of_lost(monkeypatch)
     with serving(Settings(stop_seconds=120)) as served, line(served) as c:  # which waits less long for it to end
         c.socket.close(1011)
         assert lost.wait(30)

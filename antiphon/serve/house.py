@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from starlette.requests import HTTPConnection, Request
 
 from antiphon.engine import Answering, Call, Engine, Failed
+from antiphon.errors import BusyError
 from antiphon.generate import Done, Event, Omni, Reply
 from antiphon.serve.kept import Remembered, Shelves, Voices
 from antiphon.serve.meters import Listening, Meters
@@ -34,6 +35,7 @@ class House:
         self.decoders = asyncio.Semaphore(DECODERS)
         self.stopping = False
         self.endings = set[Callable[[], None]]()  # of Realtime sessions: asks one to come to an end
+        self.make_room: Callable[[], bool] = lambda: False  # ends what nobody waits for; whether there was something
         self._engine: Engine | None = None
 
     @property
@@ -92,10 +94,24 @@ class House:
         if self._engine is not None:
             await asyncio.to_thread(self._engine.stop)
 
+    async def open(self, **how: Any) -> Call:
+        """A place in the engine; `how` is what `Engine.open` takes.
+
+        Raises:
+            BusyError: there is none.
+        """
+        try:
+            return await asyncio.to_thread(lambda: self.engine.open(**how))
+        except BusyError:
+            if not self.make_room():
+                raise
+            await asyncio.sleep(0.1)  # until the engine has swept it
+            return await asyncio.to_thread(lambda: self.engine.open(**how))
+
     @asynccontextmanager
     async def call(self, **how: Any) -> AsyncIterator[Call]:
-        """A conversation for one request; `how` is what `Engine.open` takes."""
-        call = await asyncio.to_thread(lambda: self.engine.open(**how))
+        """A conversation for one request, as `open` gives it."""
+        call = await self.open(**how)
         try:
             yield call
         finally:

@@ -27,7 +27,6 @@ from pydantic import BaseModel, ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from antiphon.engine.engine import LIVE_WINDOW
-from antiphon.errors import BusyError
 from antiphon.serve.background import Background
 from antiphon.serve.happenings import (
     Added,
@@ -96,7 +95,7 @@ class Session:
             BusyError: there is none.
         """
         manner = manner_of(self.house, self.who, self.config)
-        call = await asyncio.to_thread(lambda: self.house.engine.open(window=LIVE_WINDOW))
+        call = await self.house.open(window=LIVE_WINDOW)
         self._talk = Talk(self.house, call, manner, self._happened)
         self.house.endings.add(self.ending.set)
         await self.keep()
@@ -258,6 +257,7 @@ class Lobby:
         self.sessions: dict[str, Session] = {}
         self._losing = Background(_report)
         house.meters.sessions.set_function(lambda: len(self.sessions))
+        house.make_room = lambda: self._let_go(None)
 
     async def enter(self, who: str, model: str, kind: str) -> Session:
         """A new session.
@@ -272,13 +272,7 @@ class Lobby:
         return await self._open(Session.new(self.house, who, model, kind))
 
     async def _open(self, session: Session) -> Session:
-        try:
-            await session.open()
-        except BusyError:
-            if not self._let_go(None):
-                raise
-            await asyncio.sleep(0.1)  # until the engine has swept it
-            await session.open()
+        await session.open()
         self.sessions[session.id] = session
         return session
 

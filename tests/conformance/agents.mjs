@@ -94,7 +94,8 @@ say(PAUSE.subarray(0, 12000), spoken[1]); // while it speaks
 const cut = (await until("conversation.item.truncated")).find((e) => e.type === "conversation.item.truncated");
 turns.push(turn(first));
 say(PAUSE);
-turns.push(turn(await until("response.output_audio_transcript.done", "response.done", HEARD)));
+const second = turn(await until("response.output_audio_transcript.done", "response.done", HEARD));
+turns.push({ ...second, kept: await kept(second.answer) });
 choose("required");
 say(spoken[2], PAUSE);
 turns.push(turn(await until("response.done", HEARD)));
