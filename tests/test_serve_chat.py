@@ -45,7 +45,7 @@ def test_a_spoken_question_is_answered_aloud(server):
         model="tiny", messages=[SPOKEN], audio={"voice": "ethan", "format": "wav"}, seed=3, **ALOUD
     )
     audio = reply.choices[0].message.audio
-    said = tiny().generate([SPOKEN], voice="ethan", seed=3, max_text_tokens=6)
+    said = tiny().generate([SPOKEN], voice="ethan", seed=3, max_text_tokens=6, max_frames=6)
     samples, rate = soundfile.read(io.BytesIO(base64.b64decode(audio.data)), dtype="float32")
     assert (audio.transcript, rate) == (said.text, said.sample_rate)
     np.testing.assert_allclose(samples, said.audio.clip(-1, 1), atol=1e-4)

@@ -766,6 +766,28 @@ def test_a_lost_connection_is_taken_up_again(server):
     until(lambda: not server.engine.calls)
 
 
+def test_who_comes_back_before_the_server_knows_that_he_was_gone_takes_the_session_over(server):
+    with line(server) as c:
+        c.say("What is three plus four?")
+        c.until("conversation.item.done")
+        session = c.events[0]["session"]
+        who = {"session_id": session["id"], "resume_token": session["antiphon"]["resume_token"]}
+        with pytest.raises(InvalidStatus, match="404"), line(server, **{**who, "resume_token": "wrong"}):
+            pass
+        with line(server, None, False, **who) as again:
+            again.send("response.create", response={"output_modalities": ["text"]})
+            said = tiny().generate([{"role": "user", "content": "What is three plus four?"}], audio=False)
+            assert text_of(again.until("response.done")) == said.text
+            with pytest.raises(ConnectionClosed) as closed:
+                c.until("never")
+            assert closed.value.rcvd is not None
+            assert closed.value.rcvd.code == 1000
+            again.send("response.cancel")
+            assert again.last("error")["error"]["code"] == "response_cancel_not_active"
+            again.socket.close(1000)
+    until(lambda: not server.engine.calls)
+
+
 def test_sessions_have_a_limit_and_lost_ones_make_room():
     with serving(Settings(keys=("one", "two"), sessions=1), lambda: engine(2)) as served:
         with line(served, "one") as c:

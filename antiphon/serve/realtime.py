@@ -72,6 +72,7 @@ class Session:
         self.outbox = asyncio.Queue[str](OUTBOX)
         self.ending = asyncio.Event()  # the server is being stopped
         self.lost_at: float | None = None  # when its connection went
+        self.taken, self.free = asyncio.Event(), asyncio.Event()  # by another connection; of the one before
         self._talk: Talk | None = None
 
     @classmethod
@@ -286,8 +287,14 @@ class Lobby:
         session = self.sessions.get(id)
         if session is None:
             return await self._take_up(who, id, token)
-        if session.who != who or not hmac.compare_digest(session.token, token) or session.lost_at is None:
+        if session.who != who or not hmac.compare_digest(session.token, token):
             raise _gone()
+        if session.lost_at is None:  # a client knows sooner than we do that its connection is gone
+            session.taken.set()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(session.free.wait(), 2 * LEAVING)
+            if not session.free.is_set() or session.id not in self.sessions:
+                raise _gone()
         session.lost_at = None
         return session
 
@@ -352,14 +359,20 @@ async def realtime(socket: WebSocket) -> None:
         await session.begin()
     offered = [name.strip() for name in socket.headers.get("sec-websocket-protocol", "").split(",")]
     left = None if "session_id" in asked else (NORMAL, "")  # who is not let in has no token to come back with
+    session.taken.clear()
+    session.free.clear()
     try:
         await socket.accept("realtime" if "realtime" in offered else None)
         note("realtime", id=socket.state.request_id, session=session.id)
         left = None
         left = await converse(socket, session, house.settings.idle_seconds)
     finally:
-        may_return = left is None and not house.stopping and house.settings.resume_seconds
-        (lobby.lose if may_return else lobby.leave)(session)
+        session.free.set()
+        if session.taken.is_set():
+            left = NORMAL, "the session goes on over another connection"
+        else:
+            may_return = left is None and not house.stopping and house.settings.resume_seconds
+            (lobby.lose if may_return else lobby.leave)(session)
     if socket.application_state is WebSocketState.CONNECTED and left is not None:
         with contextlib.suppress(RuntimeError, WebSocketDisconnect):
             await socket.close(*left)
@@ -372,8 +385,8 @@ async def converse(socket: WebSocket, session: Session, idle: float) -> tuple[in
     """
     reading = asyncio.create_task(_read(socket, session, idle))
     writing = asyncio.create_task(_write(socket, session))
-    ending = asyncio.create_task(session.ending.wait())
-    tasks = (reading, writing, ending)
+    ending, taken = (asyncio.create_task(event.wait()) for event in (session.ending, session.taken))
+    tasks = (reading, writing, ending, taken)
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if writing.done():  # the client is gone; how it left is known when what it sent before has been read
