@@ -159,6 +159,36 @@ def test_tags_choices_and_questions(trees):
     assert voice["AlpacaEval"][0].said == plain("en", 0)
 
 
+def test_some_of_a_set_are_from_all_over_it(trees):
+    genres = [item.text for item in items_of("gtzan", trees / "gtzan")["test"]]
+    assert [item.text for item in items_of("gtzan", trees / "gtzan", limit=3)["test"]] == [genres[i] for i in (0, 3, 6)]
+    assert len({item.group for item in items_of("librispeech", trees / "librispeech", limit=2)["test-clean"]}) == 2
+    assert len(items_of("gtzan", trees / "gtzan", limit=99)["test"]) == 10
+
+
+def test_clips_without_a_tag_that_counts_are_left_out(tmp_path):
+    table = write_tree("magnatagatune", tmp_path) / "annotations_final.csv"
+    rows = table.read_text("utf-8").splitlines()
+    names = [cell.strip('"') for cell in rows[0].split("\t")]
+    bare = ["0" for _ in names[1:-1]]
+    table.write_text("\n".join([*rows, "\t".join(f'"{cell}"' for cell in ["99", *bare, "d/bare-0-29.mp3"])]) + "\n")
+    items = items_of("magnatagatune", tmp_path)["test"]
+    assert len(items) == PARTS["magnatagatune"]["test"]
+    assert all(item.tags for item in items)
+
+
+def test_separators_of_unicode_end_no_row(tmp_path):
+    table = write_tree("common-voice", tmp_path) / "en" / "test.tsv"
+    table = table if table.exists() else next(tmp_path.rglob("en/test.tsv"))
+    lines = table.read_text("utf-8").split("\n")
+    said = items_of("common-voice", tmp_path, ["en"])["en"][0].text
+    lines[1] = lines[1].replace(said, said.replace(" ", "\u2028", 1))
+    table.write_text("\n".join(lines), "utf-8")
+    items = items_of("common-voice", tmp_path, ["en"])["en"]
+    assert len(items) == PARTS["common-voice"]["en"]
+    assert items[0].text == said.replace(" ", "\u2028", 1)
+
+
 def test_another_folder_is_refused(trees, tmp_path):
     with pytest.raises(InputError, match=r"there is no set 'libri'; there are librispeech, aishell"):
         items_of("libri", tmp_path)
@@ -202,9 +232,20 @@ def test_tags_are_named_once_and_the_longest_first():
     assert counted("tags", "slow, vocals", choices=known, tags=frozenset({"slow", "new age"})) == ("micro-F1", 0.5)
 
 
+def test_names_without_spaces_are_known_by_their_words():
+    known = ("hiphop", "electricguitar", "guitar", "pop", "easylistening")
+    assert tags_in("Hip-hop with an electric guitar", known) == {"hiphop", "electricguitar"}
+    assert tags_in("a guitar; pop, easylistening", known) == {"guitar", "pop", "easylistening"}
+    assert tags_in("electric, then a guitar", known) == {"guitar"}
+    assert counted("one tag", "This is hip hop.", "hiphop", choices=known) == ("accuracy", 1)
+    assert counted("one tag", "hiphop or pop", "hiphop", choices=known) == ("accuracy", 0)
+
+
 @pytest.mark.parametrize(
     ("answer", "place"),
     [
+        *[("the answer is b.", 1), ("i would choose option c", 2), ("b", 1), ("c) a harp", 2), ("it is (b)", 1)],
+        *[("the answer is a flute", 1), ("The answer would be C", 2), ("b flat", None)],
         *[("B", 1), ("b) is wrong, it is (C)", 2), ("The answer is B.", 1), ("[[A]] no, [[C]]", 2), ("**B**", 1)],
         *[("A flute plays", 1), ("I hear a flute", 1), ("a flute or a harp", None), ("I cannot tell", None)],
         *[("Option C: a harp", 2), ("", None), ("(H)", None), ("B. A flute", 1), ("A violin", 0)],
@@ -426,6 +467,13 @@ def test_by_default_nothing_is_downloaded(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(InputError, match=r"need transformers; pip install 'antiphon\[verify\]'"):
         downloaded.with_downloads(offline(Asked(omni())))
+
+
+def test_nothing_published_stands_beside_another_judge():
+    """What was published is by a WavLM that cannot be fetched; another one's numbers are not comparable."""
+    names = set(downloaded.with_downloads(Judges(lambda sound, language: "", "a test", {})).voices)
+    assert names <= set(METRICS)
+    assert not names & {metric for _, _, metric in runs.published()}
 
 
 def test_downloaded_judges_are_asked_as_their_makers_say(monkeypatch):

@@ -49,7 +49,7 @@ def gtzan(root: Path) -> Parts:
         for line in map(str.strip, read_lines(split)):
             place = folder / line
             clip = Clip(place if place.is_file() else place.with_suffix(".au"))  # as it was first published
-            yield Item(line, "choose", "words", clip, Path(line).parent.name, question=question, choices=genres)
+            yield Item(line, "choose", "one tag", clip, Path(line).parent.name, question=question, choices=genres)
 
     return {"test": items()}
 
@@ -83,7 +83,8 @@ def jamendo_rows(path: Path) -> Iterator[tuple[str, str, float, frozenset[str]]]
 
 
 def magnatagatune(root: Path) -> Parts:
-    """annotations_final.csv and its sound below 0/ … f/; d, e and f are for testing. The 50 commonest tags count."""
+    """annotations_final.csv and its sound below 0/ … f/; d, e and f are for testing. The 50 commonest tags count,
+    and clips that have one of them."""
     table = root / "annotations_final.csv"
     if not table.is_file():
         return {}
@@ -94,8 +95,8 @@ def magnatagatune(root: Path) -> Parts:
         known = sorted(tag for tag, _ in counts.most_common(TOP))
         for row in rows:
             place = row["mp3_path"]
-            if place[0] in "def":
-                tags = frozenset(tag for tag in known if row[tag] == "1")
+            tags = frozenset(tag for tag in known if row[tag] == "1")
+            if place[0] in "def" and tags:  # the usual split has no clips without one of the 50
                 track = re.sub(r"-\d+-\d+\.mp3$", "", place)  # clips of one track are not independent
                 yield tagged(place, Clip(inside(root, "mp3") / place), tags, known, track)
 
