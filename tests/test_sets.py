@@ -15,6 +15,7 @@ from antiphon import cli
 from antiphon.errors import InputError
 from antiphon.evaluate import downloaded, runs
 from antiphon.evaluate.asking import Asked, Response
+from antiphon.evaluate.instructions import RULES, is_kept, shares_kept
 from antiphon.evaluate.items import Clip, Item
 from antiphon.evaluate.page import Axis, write_page
 from antiphon.evaluate.scoring import METRICS, SCORES, Judges, Tally, chosen, mean_of, offline, pooled, score, tags_in
@@ -157,6 +158,13 @@ def test_tags_choices_and_questions(trees):
     voice = items_of("voicebench", trees / "voicebench")
     assert [(i.scored, i.text) for i in voice["BBH"]] == [("verdict", "yes"), ("letter", "A")]
     assert voice["AlpacaEval"][0].said == plain("en", 0)
+    assert [json.loads(i.text) for i in voice["IFEval"]] == [
+        [
+            {"id": "punctuation:no_comma"},
+            {"id": "length_constraints:number_words", "num_words": 5, "relation": "less than"},
+        ],
+        [{"id": "startend:quotation"}],
+    ]
 
 
 def test_some_of_a_set_are_from_all_over_it(trees):
@@ -267,6 +275,67 @@ def test_rules_of_the_sets():
     assert counted("refusal", "") == ("refusals", 1)
     assert counted("refusal", "First, take the keys.") == ("refusals", 0)
     assert counted("letter", "The answer is (B)", "A woman", choices=two) == ("accuracy", 1)
+
+
+KEPT = {  # kind -> what it states, an answer that keeps it, and one that does not
+    "keywords:existence": ({"keywords": ["rain", "sun"]}, "Rain, then sunshine", "rain"),
+    "keywords:frequency": ({"keyword": "yes", "frequency": 2, "relation": "at least"}, "Yes, yes", "yes"),
+    "keywords:forbidden_words": ({"forbidden_words": ["cat"]}, "the category", "a Cat"),
+    "keywords:letter_frequency": ({"letter": "e", "let_frequency": 2, "let_relation": "less than"}, "one", "eel"),
+    "length_constraints:number_sentences": ({"num_sentences": 2, "relation": "at least"}, 'I see. "So!"', "I see"),
+    "length_constraints:number_paragraphs": ({"num_paragraphs": 2}, "one\n***\ntwo", "one\n\ntwo"),
+    "length_constraints:number_words": ({"num_words": 3, "relation": "less than"}, "it's well-known", "one two three"),
+    "length_constraints:nth_paragraph_first_word": (
+        {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "then"},
+        *("First.\n\n'Then' it ends.", "First.\n\nThere it ends."),
+    ),
+    "detectable_content:number_placeholders": ({"num_placeholders": 2}, "[name] in [city]", "[name]"),
+    "detectable_content:postscript": ({"postscript_marker": "P.S."}, "Bye.\n\np.s. More", "Bye. Perhaps more"),
+    "detectable_format:number_bullet_lists": ({"num_bullets": 2}, "So:\n* one\n- two", "* one\n* two\n* three"),
+    "detectable_format:constrained_response": ({}, "My answer is no.", "No."),
+    "detectable_format:number_highlighted_sections": ({"num_highlights": 2}, "*one* and **two**", "*one* and two"),
+    "detectable_format:multiple_sections": (
+        {"section_spliter": "SECTION", "num_sections": 2},
+        *("SECTION 1\na\nSECTION 2\nb", "SECTION 1\na"),
+    ),
+    "detectable_format:json_format": ({}, '```json\n{"a": 1}\n```', "a: 1"),
+    "detectable_format:title": ({}, "<<Rain>>\nIt falls.", "<Rain>"),
+    "combination:two_responses": ({}, "one\n******\ntwo", "one\n******\none"),
+    "combination:repeat_prompt": ({"prompt_to_repeat": "Say hello."}, "Say hello. Hello!", "Hello!"),
+    "startend:end_checker": ({"end_phrase": "Any other questions?"}, "No. Any other questions?", "Questions? No."),
+    "startend:quotation": ({}, '"All of it"', '"Some" of it'),
+    "change_case:capital_word_frequency": (
+        {"capital_frequency": 2, "capital_relation": "less than"},
+        *("ONE of them", "ONE TWO"),
+    ),
+    "change_case:english_capital": ({}, "ALL OF IT, 2", "Some OF IT"),
+    "change_case:english_lowercase": ({}, "all of it, 2", "Some of it"),
+    "punctuation:no_comma": ({}, "none. none", "one, two"),
+    "language:response_language": (
+        {"language": "de"},
+        *("Das Wetter ist heute leider sehr schlecht.", "The weather is very bad today, I am afraid."),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_instructions_that_can_be_checked(kind):
+    stated, kept, broken = KEPT[kind]
+    assert is_kept(kept, {"id": kind, **stated, "unstated": None})
+    assert not is_kept(broken, {"id": kind, **stated})
+    assert not is_kept(" ", {"id": kind, **stated})
+
+
+def test_requests_are_kept_strictly_and_leniently():
+    """Four figures, averaged: shares of instructions and whole requests, as answered and with forgiveness."""
+    both = [{"id": "startend:quotation"}, {"id": "punctuation:no_comma"}]
+    assert shares_kept('"well"', both) == (1, 1)
+    assert shares_kept('Sure, here it is:\n"well"', both) == (0.5, 0.5), "nothing strictly, all leniently"
+    assert shares_kept("one two", both) == (0.5, 0)
+    assert counted("instructions", "one two", json.dumps(both)) == ("accuracy", 0.25)
+    assert is_kept("P.P.S more", {"id": "detectable_content:postscript", "postscript_marker": "P.P.S"})
+    with pytest.raises(InputError, match="there is no rule for instructions of the kind 'a:b'"):
+        is_kept("x", {"id": "a:b"})
 
 
 # ---------------------------------------------------------------------------------------------- intervals

@@ -5,6 +5,7 @@ Each knows the layout in which a set is published, and nothing else; `sets.py` l
 
 from __future__ import annotations
 
+import json
 import re
 from ast import literal_eval
 from collections import Counter
@@ -181,7 +182,7 @@ VOICEBENCH = {  # how each part counts, and the folder it is in
     "MMSU": ("letter", "mmsu"),
     "OBQA": ("letter", "openbookqa"),
     "BBH": ("letter", "bbh"),
-    "IFEval": ("kept", "ifeval"),
+    "IFEval": ("instructions", "ifeval"),
     "AdvBench": ("refusal", "advbench"),
 }
 SHARDS = {"sd-qa": "usa-*.parquet"}  # one of eleven accents, as in the leaderboard
@@ -202,10 +203,15 @@ def voicebench(root: Path) -> Parts:
 
 
 def requested(name: str, scored: str, clip: Clip, row: dict[str, Any]) -> Item:
-    """A spoken request: to choose a letter, to say yes or no, or to answer at length."""
+    """A spoken request: to choose a letter, to say yes or no, to keep instructions, or to answer at length."""
     right, choices = str(row.get("reference") or ""), tuple(LETTERS[:4]) if scored == "letter" else ()
     if right.lower() in ("yes", "no"):
         scored, choices = "verdict", ("yes", "no")
     elif scored == "letter":
         right = right.strip("()").upper()
+    elif scored == "instructions":
+        stated = zip(row["instruction_id_list"], row["kwargs"], strict=True)
+        right = json.dumps(
+            [{"id": kind} | {k: v for k, v in (about or {}).items() if v is not None} for kind, about in stated]
+        )
     return Item(name, "chat", scored, clip, right, "en", choices=choices, said=row["prompt"])

@@ -9,6 +9,7 @@ Texts are compared as `error_rates` does: NFKC, case folded, punctuation and sym
 
 from __future__ import annotations
 
+import json
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from antiphon.error_rates import BY_CHARACTER, ErrorRate, normalize_text
 from antiphon.evaluate.asking import Asked, Response, Sound, written_down
+from antiphon.evaluate.instructions import shares_kept
 from antiphon.evaluate.items import Item
 from antiphon.evaluate.judges import dnsmos, similarity, unmeasured, voice_print
 
@@ -147,6 +149,12 @@ def refusal(item: Item, text: str) -> Counts:
     return {"refusals": (not text.strip() or bool(REFUSAL.search(text.replace("’", "'"))), 1)}
 
 
+def instructions(item: Item, text: str) -> Counts:
+    """Which instructions are kept: the share of them and whether all are, strictly and leniently, averaged."""
+    share, all_of_them = shares_kept(text, json.loads(item.text))
+    return {"accuracy": ((share + all_of_them) / 2, 1)}
+
+
 Scorer = Callable[[Item, str], Counts]
 SCORES: dict[str, Scorer] = {
     "errors": errors,
@@ -157,6 +165,7 @@ SCORES: dict[str, Scorer] = {
     "words": words,
     "verdict": verdict,
     "refusal": refusal,
+    "instructions": instructions,
 }
 
 # --------------------------------------------------------------------------------------------------- judges

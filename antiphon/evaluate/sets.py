@@ -121,7 +121,8 @@ SETS: dict[str, FieldSet] = {
         "alpacaeval_full/test-*.parquet, commoneval/, wildvoice/, sd-qa/, mmsu/, openbookqa/, bbh/, ifeval/, advbench/",
         "choices by the letter that is named (an answer without one is wrong, where the official script guesses), "
         "refusals by words of refusal; AlpacaEval, CommonEval, WildVoice and SD-QA (usa) are graded only with --judge; "
-        "answers to IFEval are kept for its official script and not graded here; resampled by request",
+        "IFEval by rules, of each request the share of instructions that are kept and whether all are, strictly and "
+        "leniently, averaged; resampled by request",
         whole="overall",
         complete=9,
     ),
