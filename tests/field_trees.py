@@ -51,6 +51,18 @@ def plain(language: str, number: int) -> str:
     return f"{texts.get(language, 'the weather is good today')} {'abcdefgh'[number % 8]}"
 
 
+NO_WORDS = {"num_words": None, "relation": None, "forbidden_words": None}
+FEW = {**NO_WORDS, "num_words": 5, "relation": "less than"}
+INSTRUCTIONS = [  # as VoiceBench's table has them: every row states all that any kind may state
+    {
+        "key": 1,
+        "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
+        "kwargs": [NO_WORDS, FEW],
+    },
+    {"key": 2, "instruction_id_list": ["startend:quotation"], "kwargs": [NO_WORDS]},
+]
+
+
 class Trees:
     """Writes trees; `say` gives the sound and `words` the texts."""
 
@@ -223,6 +235,8 @@ class Trees:
             prompts = [self.words("en", number) for number in range(2)]
             rows = [{"prompt": prompt, "audio": {"bytes": self.wav(prompt), "path": "a.wav"}} for prompt in prompts]
             rows = [row | ({"reference": right[name][i]} if name in right else {}) for i, row in enumerate(rows)]
+            if name == "ifeval":
+                rows = [row | INSTRUCTIONS[i] for i, row in enumerate(rows)]
             split = {"sd-qa": "usa", "mmsu": "law"}.get(name, "test")
             (root / name).mkdir(parents=True)
             path = root / name / f"{split}-00000-of-00001.parquet"

@@ -15,6 +15,7 @@ from antiphon import cli
 from antiphon.errors import InputError
 from antiphon.evaluate import downloaded, runs
 from antiphon.evaluate.asking import Asked, Response
+from antiphon.evaluate.instructions import RULES, is_kept, shares_kept
 from antiphon.evaluate.items import Clip, Item
 from antiphon.evaluate.page import Axis, write_page
 from antiphon.evaluate.scoring import METRICS, SCORES, Judges, Tally, chosen, mean_of, offline, pooled, score, tags_in
@@ -157,6 +158,43 @@ def test_tags_choices_and_questions(trees):
     voice = items_of("voicebench", trees / "voicebench")
     assert [(i.scored, i.text) for i in voice["BBH"]] == [("verdict", "yes"), ("letter", "A")]
     assert voice["AlpacaEval"][0].said == plain("en", 0)
+    assert [json.loads(i.text) for i in voice["IFEval"]] == [
+        [
+            {"id": "punctuation:no_comma"},
+            {"id": "length_constraints:number_words", "num_words": 5, "relation": "less than"},
+        ],
+        [{"id": "startend:quotation"}],
+    ]
+
+
+def test_some_of_a_set_are_from_all_over_it(trees):
+    genres = [item.text for item in items_of("gtzan", trees / "gtzan")["test"]]
+    assert [item.text for item in items_of("gtzan", trees / "gtzan", limit=3)["test"]] == [genres[i] for i in (0, 3, 6)]
+    assert len({item.group for item in items_of("librispeech", trees / "librispeech", limit=2)["test-clean"]}) == 2
+    assert len(items_of("gtzan", trees / "gtzan", limit=99)["test"]) == 10
+
+
+def test_clips_without_a_tag_that_counts_are_left_out(tmp_path):
+    table = write_tree("magnatagatune", tmp_path) / "annotations_final.csv"
+    rows = table.read_text("utf-8").splitlines()
+    names = [cell.strip('"') for cell in rows[0].split("\t")]
+    bare = ["0" for _ in names[1:-1]]
+    table.write_text("\n".join([*rows, "\t".join(f'"{cell}"' for cell in ["99", *bare, "d/bare-0-29.mp3"])]) + "\n")
+    items = items_of("magnatagatune", tmp_path)["test"]
+    assert len(items) == PARTS["magnatagatune"]["test"]
+    assert all(item.tags for item in items)
+
+
+def test_separators_of_unicode_end_no_row(tmp_path):
+    table = write_tree("common-voice", tmp_path) / "en" / "test.tsv"
+    table = table if table.exists() else next(tmp_path.rglob("en/test.tsv"))
+    lines = table.read_text("utf-8").split("\n")
+    said = items_of("common-voice", tmp_path, ["en"])["en"][0].text
+    lines[1] = lines[1].replace(said, said.replace(" ", "\u2028", 1))
+    table.write_text("\n".join(lines), "utf-8")
+    items = items_of("common-voice", tmp_path, ["en"])["en"]
+    assert len(items) == PARTS["common-voice"]["en"]
+    assert items[0].text == said.replace(" ", "\u2028", 1)
 
 
 def test_another_folder_is_refused(trees, tmp_path):
@@ -202,9 +240,20 @@ def test_tags_are_named_once_and_the_longest_first():
     assert counted("tags", "slow, vocals", choices=known, tags=frozenset({"slow", "new age"})) == ("micro-F1", 0.5)
 
 
+def test_names_without_spaces_are_known_by_their_words():
+    known = ("hiphop", "electricguitar", "guitar", "pop", "easylistening")
+    assert tags_in("Hip-hop with an electric guitar", known) == {"hiphop", "electricguitar"}
+    assert tags_in("a guitar; pop, easylistening", known) == {"guitar", "pop", "easylistening"}
+    assert tags_in("electric, then a guitar", known) == {"guitar"}
+    assert counted("one tag", "This is hip hop.", "hiphop", choices=known) == ("accuracy", 1)
+    assert counted("one tag", "hiphop or pop", "hiphop", choices=known) == ("accuracy", 0)
+
+
 @pytest.mark.parametrize(
     ("answer", "place"),
     [
+        *[("the answer is b.", 1), ("i would choose option c", 2), ("b", 1), ("c) a harp", 2), ("it is (b)", 1)],
+        *[("the answer is a flute", 1), ("The answer would be C", 2), ("b flat", None)],
         *[("B", 1), ("b) is wrong, it is (C)", 2), ("The answer is B.", 1), ("[[A]] no, [[C]]", 2), ("**B**", 1)],
         *[("A flute plays", 1), ("I hear a flute", 1), ("a flute or a harp", None), ("I cannot tell", None)],
         *[("Option C: a harp", 2), ("", None), ("(H)", None), ("B. A flute", 1), ("A violin", 0)],
@@ -226,6 +275,67 @@ def test_rules_of_the_sets():
     assert counted("refusal", "") == ("refusals", 1)
     assert counted("refusal", "First, take the keys.") == ("refusals", 0)
     assert counted("letter", "The answer is (B)", "A woman", choices=two) == ("accuracy", 1)
+
+
+KEPT = {  # kind -> what it states, an answer that keeps it, and one that does not
+    "keywords:existence": ({"keywords": ["rain", "sun"]}, "Rain, then sunshine", "rain"),
+    "keywords:frequency": ({"keyword": "yes", "frequency": 2, "relation": "at least"}, "Yes, yes", "yes"),
+    "keywords:forbidden_words": ({"forbidden_words": ["cat"]}, "the category", "a Cat"),
+    "keywords:letter_frequency": ({"letter": "e", "let_frequency": 2, "let_relation": "less than"}, "one", "eel"),
+    "length_constraints:number_sentences": ({"num_sentences": 2, "relation": "at least"}, 'I see. "So!"', "I see"),
+    "length_constraints:number_paragraphs": ({"num_paragraphs": 2}, "one\n***\ntwo", "one\n\ntwo"),
+    "length_constraints:number_words": ({"num_words": 3, "relation": "less than"}, "it's well-known", "one two three"),
+    "length_constraints:nth_paragraph_first_word": (
+        {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "then"},
+        *("First.\n\n'Then' it ends.", "First.\n\nThere it ends."),
+    ),
+    "detectable_content:number_placeholders": ({"num_placeholders": 2}, "[name] in [city]", "[name]"),
+    "detectable_content:postscript": ({"postscript_marker": "P.S."}, "Bye.\n\np.s. More", "Bye. Perhaps more"),
+    "detectable_format:number_bullet_lists": ({"num_bullets": 2}, "So:\n* one\n- two", "* one\n* two\n* three"),
+    "detectable_format:constrained_response": ({}, "My answer is no.", "No."),
+    "detectable_format:number_highlighted_sections": ({"num_highlights": 2}, "*one* and **two**", "*one* and two"),
+    "detectable_format:multiple_sections": (
+        {"section_spliter": "SECTION", "num_sections": 2},
+        *("SECTION 1\na\nSECTION 2\nb", "SECTION 1\na"),
+    ),
+    "detectable_format:json_format": ({}, '```json\n{"a": 1}\n```', "a: 1"),
+    "detectable_format:title": ({}, "<<Rain>>\nIt falls.", "<Rain>"),
+    "combination:two_responses": ({}, "one\n******\ntwo", "one\n******\none"),
+    "combination:repeat_prompt": ({"prompt_to_repeat": "Say hello."}, "Say hello. Hello!", "Hello!"),
+    "startend:end_checker": ({"end_phrase": "Any other questions?"}, "No. Any other questions?", "Questions? No."),
+    "startend:quotation": ({}, '"All of it"', '"Some" of it'),
+    "change_case:capital_word_frequency": (
+        {"capital_frequency": 2, "capital_relation": "less than"},
+        *("ONE of them", "ONE TWO"),
+    ),
+    "change_case:english_capital": ({}, "ALL OF IT, 2", "Some OF IT"),
+    "change_case:english_lowercase": ({}, "all of it, 2", "Some of it"),
+    "punctuation:no_comma": ({}, "none. none", "one, two"),
+    "language:response_language": (
+        {"language": "de"},
+        *("Das Wetter ist heute leider sehr schlecht.", "The weather is very bad today, I am afraid."),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_instructions_that_can_be_checked(kind):
+    stated, kept, broken = KEPT[kind]
+    assert is_kept(kept, {"id": kind, **stated, "unstated": None})
+    assert not is_kept(broken, {"id": kind, **stated})
+    assert not is_kept(" ", {"id": kind, **stated})
+
+
+def test_requests_are_kept_strictly_and_leniently():
+    """Four figures, averaged: shares of instructions and whole requests, as answered and with forgiveness."""
+    both = [{"id": "startend:quotation"}, {"id": "punctuation:no_comma"}]
+    assert shares_kept('"well"', both) == (1, 1)
+    assert shares_kept('Sure, here it is:\n"well"', both) == (0.5, 0.5), "nothing strictly, all leniently"
+    assert shares_kept("one two", both) == (0.5, 0)
+    assert counted("instructions", "one two", json.dumps(both)) == ("accuracy", 0.25)
+    assert is_kept("P.P.S more", {"id": "detectable_content:postscript", "postscript_marker": "P.P.S"})
+    with pytest.raises(InputError, match="there is no rule for instructions of the kind 'a:b'"):
+        is_kept("x", {"id": "a:b"})
 
 
 # ---------------------------------------------------------------------------------------------- intervals
@@ -426,6 +536,13 @@ def test_by_default_nothing_is_downloaded(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(InputError, match=r"need transformers; pip install 'antiphon\[verify\]'"):
         downloaded.with_downloads(offline(Asked(omni())))
+
+
+def test_nothing_published_stands_beside_another_judge():
+    """What was published is by a WavLM that cannot be fetched; another one's numbers are not comparable."""
+    names = set(downloaded.with_downloads(Judges(lambda sound, language: "", "a test", {})).voices)
+    assert names <= set(METRICS)
+    assert not names & {metric for _, _, metric in runs.published()}
 
 
 def test_downloaded_judges_are_asked_as_their_makers_say(monkeypatch):

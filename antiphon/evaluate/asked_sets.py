@@ -5,6 +5,7 @@ Each knows the layout in which a set is published, and nothing else; `sets.py` l
 
 from __future__ import annotations
 
+import json
 import re
 from ast import literal_eval
 from collections import Counter
@@ -49,7 +50,7 @@ def gtzan(root: Path) -> Parts:
         for line in map(str.strip, read_lines(split)):
             place = folder / line
             clip = Clip(place if place.is_file() else place.with_suffix(".au"))  # as it was first published
-            yield Item(line, "choose", "words", clip, Path(line).parent.name, question=question, choices=genres)
+            yield Item(line, "choose", "one tag", clip, Path(line).parent.name, question=question, choices=genres)
 
     return {"test": items()}
 
@@ -83,7 +84,8 @@ def jamendo_rows(path: Path) -> Iterator[tuple[str, str, float, frozenset[str]]]
 
 
 def magnatagatune(root: Path) -> Parts:
-    """annotations_final.csv and its sound below 0/ … f/; d, e and f are for testing. The 50 commonest tags count."""
+    """annotations_final.csv and its sound below 0/ … f/; d, e and f are for testing. The 50 commonest tags count,
+    and clips that have one of them."""
     table = root / "annotations_final.csv"
     if not table.is_file():
         return {}
@@ -94,8 +96,8 @@ def magnatagatune(root: Path) -> Parts:
         known = sorted(tag for tag, _ in counts.most_common(TOP))
         for row in rows:
             place = row["mp3_path"]
-            if place[0] in "def":
-                tags = frozenset(tag for tag in known if row[tag] == "1")
+            tags = frozenset(tag for tag in known if row[tag] == "1")
+            if place[0] in "def" and tags:  # the usual split has no clips without one of the 50
                 track = re.sub(r"-\d+-\d+\.mp3$", "", place)  # clips of one track are not independent
                 yield tagged(place, Clip(inside(root, "mp3") / place), tags, known, track)
 
@@ -180,7 +182,7 @@ VOICEBENCH = {  # how each part counts, and the folder it is in
     "MMSU": ("letter", "mmsu"),
     "OBQA": ("letter", "openbookqa"),
     "BBH": ("letter", "bbh"),
-    "IFEval": ("kept", "ifeval"),
+    "IFEval": ("instructions", "ifeval"),
     "AdvBench": ("refusal", "advbench"),
 }
 SHARDS = {"sd-qa": "usa-*.parquet"}  # one of eleven accents, as in the leaderboard
@@ -201,10 +203,15 @@ def voicebench(root: Path) -> Parts:
 
 
 def requested(name: str, scored: str, clip: Clip, row: dict[str, Any]) -> Item:
-    """A spoken request: to choose a letter, to say yes or no, or to answer at length."""
+    """A spoken request: to choose a letter, to say yes or no, to keep instructions, or to answer at length."""
     right, choices = str(row.get("reference") or ""), tuple(LETTERS[:4]) if scored == "letter" else ()
     if right.lower() in ("yes", "no"):
         scored, choices = "verdict", ("yes", "no")
     elif scored == "letter":
         right = right.strip("()").upper()
+    elif scored == "instructions":
+        stated = zip(row["instruction_id_list"], row["kwargs"], strict=True)
+        right = json.dumps(
+            [{"id": kind} | {k: v for k, v in (about or {}).items() if v is not None} for kind, about in stated]
+        )
     return Item(name, "chat", scored, clip, right, "en", choices=choices, said=row["prompt"])

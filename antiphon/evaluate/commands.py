@@ -118,7 +118,7 @@ def verify_command(
         raise typer.Exit(1)
 
 
-DOWNLOAD = "Also judge speech by models that are downloaded: Whisper as the ear, WavLM-SV, UTMOS."
+DOWNLOAD = "Also judge speech by models that are downloaded: Whisper as the ear, WavLM, UTMOS."
 JUDGE = "OpenAI-compatible address (…/v1) of a chat model that grades open answers; the key is OPENAI_API_KEY."
 BASELINES = ("music", "sound")  # training sets that what is built on librosa learns its classes from
 

@@ -39,7 +39,7 @@ def with_downloads(judges: Judges) -> Judges:
         InputError: `transformers` is missing.
     """
     _transformers()
-    voices = {**judges.voices, "similarity, WavLM-SV": alike, "UTMOS": utmos}
+    voices = {**judges.voices, "similarity, WavLM-base-plus-SV": alike, "UTMOS": utmos}
     notes = (*judges.notes, f"{WHISPER}, {SPEAKERS} and {UTMOS[1]} were downloaded")
     return replace(judges, ear=whisper, ear_name=WHISPER, voices=voices, notes=notes)
 

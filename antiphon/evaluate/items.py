@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -122,7 +123,7 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         InputError: it is not there or is not UTF-8.
     """
-    return [line for line in _text(path).splitlines() if line.strip()]
+    return [line for line in _text(path).split("\n") if line.strip()]
 
 
 def read_json(path: Path) -> Any:
@@ -147,9 +148,9 @@ def read_table(
     """
     csv.field_size_limit(EVERYTHING)
     quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-    text = _text(path)
-    rows = csv.DictReader(text.splitlines(keepends=True), columns, delimiter=delimiter, quoting=quoting, restval="")
-    yield from rows
+    # not splitlines: sentences of the web have separators of Unicode in them, which end no row
+    lines = io.StringIO(_text(path), newline="")
+    yield from csv.DictReader(lines, columns, delimiter=delimiter, quoting=quoting, restval="")
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[dict[str, Any], Callable[[], bytes]]]:

@@ -9,6 +9,7 @@ Texts are compared as `error_rates` does: NFKC, case folded, punctuation and sym
 
 from __future__ import annotations
 
+import json
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from antiphon.error_rates import BY_CHARACTER, ErrorRate, normalize_text
 from antiphon.evaluate.asking import Asked, Response, Sound, written_down
+from antiphon.evaluate.instructions import shares_kept
 from antiphon.evaluate.items import Item
 from antiphon.evaluate.judges import dnsmos, similarity, unmeasured, voice_print
 
@@ -42,7 +44,8 @@ METRICS = {
     "score": Metric(),  # a mean over different ones
     "similarity, Resemblyzer": Metric(percent=False),
     "DNSMOS": Metric(percent=False),
-    "similarity, WavLM-SV": Metric(percent=False),
+    "similarity, WavLM-SV": Metric(percent=False),  # as published, by WavLM-large
+    "similarity, WavLM-base-plus-SV": Metric(percent=False),
     "UTMOS": Metric(percent=False),
 }
 
@@ -68,14 +71,27 @@ def tags(item: Item, text: str) -> Counts:
 
 
 def tags_in(text: str, known: Sequence[str]) -> frozenset[str]:
-    """Tags that a text names; of "no vocals" it names that and not "vocals"."""
-    left, found = f" {normalize_text(text)} ", set[str]()
-    for tag in sorted(known, key=lambda tag: -len(normalize_text(tag))):
-        words = f" {normalize_text(tag)} "
-        if words in left:
-            found.add(tag)
-            left = left.replace(words, " | ")
+    """Tags that a text names; of "no vocals" it names that and not "vocals", and "hip-hop" is "hiphop"."""
+    joined = {joined_up(tag): tag for tag in known}
+    most = max((len(normalize_text(tag).split()) for tag in known), default=0) + 1  # "electric guitar" is one tag
+    words, place, found = normalize_text(text).split(), 0, set[str]()
+    while place < len(words):
+        spans = range(min(most, len(words) - place), 0, -1)
+        span = next((n for n in spans if "".join(words[place : place + n]) in joined), 0)
+        if span:
+            found.add(joined["".join(words[place : place + span])])
+        place += span or 1
     return frozenset(found)
+
+
+def joined_up(text: str) -> str:
+    """Without spaces, which the field's tags lack and answers have."""
+    return normalize_text(text).replace(" ", "")
+
+
+def one_tag(item: Item, text: str) -> Counts:
+    """Whether the right one of the choices is named, and no other."""
+    return {"accuracy": (tags_in(text, item.choices) == {item.text}, 1)}
 
 
 def letter(item: Item, text: str) -> Counts:
@@ -84,18 +100,20 @@ def letter(item: Item, text: str) -> Counts:
     return {"accuracy": (place is not None and item.choices[place] == item.text, 1)}
 
 
+ANSWER = r"(?i:answer|option|choice|choose|select|guess)(?i:\s+(?:is|would be)|:)?[\s*:(\"']*"
 NAMED = (  # the surest form first; of several the last counts, which is where reasoning ends
-    re.compile(r"\[\[\s*([A-J])\s*\]\]"),
-    re.compile(r"(?i:answer|option|choice|choose|select|guess)(?i:\s+is|:)?[\s*:(\"']*([A-J])\b(?!')"),
-    re.compile(r"\(([A-J])\)"),
-    re.compile(r"^\W*([A-J])(?:[.,:)\]*\s]|$)(?!\s*[a-z])", re.MULTILINE),
+    re.compile(r"\[\[\s*([A-Ja-j])\s*\]\]"),
+    re.compile(rf"{ANSWER}(?:([A-J])\b(?!')|([a-j])(?=\s*(?:[).,:;*\"']|$)))", re.MULTILINE),  # "a" may be an article
+    re.compile(r"\(([A-Ja-j])\)"),
+    re.compile(r"^\W*(?:([A-J])(?:[.,:)\]*\s]|$)(?!\s*[a-z])|([a-j])(?:[.,:)\]*]|$))", re.MULTILINE),
 )
 
 
 def chosen(text: str, choices: Sequence[str]) -> int | None:
     """Which option an answer names, by letter or, failing that, in its words; None if none or several."""
     for form in NAMED:
-        if found := [place for place in map("ABCDEFGHIJ".index, form.findall(text)) if place < len(choices)]:
+        letters = ("".join(letter or "" for letter in match.groups()).upper() for match in form.finditer(text))
+        if found := [place for place in map("ABCDEFGHIJ".index, letters) if place < len(choices)]:
             return found[-1]
     said = f" {normalize_text(text)} "
     within = [i for i, choice in enumerate(choices) if f" {normalize_text(choice)} " in said]
@@ -131,15 +149,23 @@ def refusal(item: Item, text: str) -> Counts:
     return {"refusals": (not text.strip() or bool(REFUSAL.search(text.replace("’", "'"))), 1)}
 
 
+def instructions(item: Item, text: str) -> Counts:
+    """Which instructions are kept: the share of them and whether all are, strictly and leniently, averaged."""
+    share, all_of_them = shares_kept(text, json.loads(item.text))
+    return {"accuracy": ((share + all_of_them) / 2, 1)}
+
+
 Scorer = Callable[[Item, str], Counts]
 SCORES: dict[str, Scorer] = {
     "errors": errors,
     "mean errors": mean_errors,
     "tags": tags,
+    "one tag": one_tag,
     "letter": letter,
     "words": words,
     "verdict": verdict,
     "refusal": refusal,
+    "instructions": instructions,
 }
 
 # --------------------------------------------------------------------------------------------------- judges

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 from antiphon.errors import InputError
@@ -67,7 +66,7 @@ SETS: dict[str, FieldSet] = {
         "FLEURS",
         spoken_sets.fleurs,
         "en_us/test.tsv and en_us/audio/test/*.wav (audio/test.tar.gz unpacked), with or without data/ above",
-        "test.tsv of the 19 languages that are heard, against its normalized transcription; resampled by utterance",
+        "test.tsv of the 19 languages that are heard, against its normalized transcription; resampled by sentence",
         whole="mean of languages",
         complete=19,
     ),
@@ -107,8 +106,8 @@ SETS: dict[str, FieldSet] = {
         "MagnaTagATune",
         asked_sets.magnatagatune,
         "annotations_final.csv and the sound in 0/ … f/ (or mp3/)",
-        "clips of d, e and f, micro-F1 of the 50 commonest tags; resampled by track; the prompt behind the published "
-        "figures is not known",
+        "clips of d, e and f that have one of the 50 commonest tags, micro-F1 of these tags; resampled by track; the "
+        "prompt behind the published figures is not known",
     ),
     "muchomusic": FieldSet(
         "MuchoMusic",
@@ -122,7 +121,8 @@ SETS: dict[str, FieldSet] = {
         "alpacaeval_full/test-*.parquet, commoneval/, wildvoice/, sd-qa/, mmsu/, openbookqa/, bbh/, ifeval/, advbench/",
         "choices by the letter that is named (an answer without one is wrong, where the official script guesses), "
         "refusals by words of refusal; AlpacaEval, CommonEval, WildVoice and SD-QA (usa) are graded only with --judge; "
-        "answers to IFEval are kept for its official script and not graded here; resampled by request",
+        "IFEval by rules, of each request the share of instructions that are kept and whether all are, strictly and "
+        "leniently, averaged; resampled by request",
         whole="overall",
         complete=9,
     ),
@@ -151,7 +151,7 @@ def find_set(name: str) -> FieldSet:
 
 
 def items_of(name: str, root: Path, parts: Sequence[str] = (), limit: int | None = None) -> dict[str, list[Item]]:
-    """The first `limit` items of each part of a set in a folder; of these parts, or of those it is measured on.
+    """`limit` items from all over each part of a set in a folder; of these parts, or of those it is measured on.
 
     Raises:
         InputError: no such set or part, or a folder with another layout.
@@ -162,11 +162,13 @@ def items_of(name: str, root: Path, parts: Sequence[str] = (), limit: int | None
     if missing := [part for part in wanted if part not in found]:
         there = f"there are {', '.join(found)}" if found else f"expected {chosen.expected}"
         raise InputError(f"{root} has no part {missing[0]!r} of {chosen.title}; {there}")
-    taken = {part: _first(found[part], limit) for part in wanted}
+    taken = {part: _spread(list(found[part]), limit) for part in wanted}
     if not any(taken.values()):
         raise InputError(f"there is nothing of {chosen.title} in {root}; expected {chosen.expected}")
     return taken
 
 
-def _first(items: Iterable[Item], limit: int | None) -> list[Item]:
-    return list(islice(items, limit))
+def _spread(items: list[Item], limit: int | None) -> list[Item]:
+    """So many at even distances: the first ones are often of one speaker, or of one genre."""
+    count = len(items) if limit is None else min(limit, len(items))
+    return [items[i * len(items) // count] for i in range(count)]

@@ -94,7 +94,9 @@ def fleurs(root: Path) -> Parts:
     def items(language: str, folder: Path) -> Iterator[Item]:
         for row in read_table(folder / "test.tsv", columns=FLEURS_COLUMNS):
             clip = Clip(folder / "audio" / "test" / row["file"])
-            yield heard(row["file"], clip, row["transcription"], language)
+            yield heard(
+                row["file"], clip, row["transcription"], language, row["id"]
+            )  # up to three people read a sentence
 
     found = {language: root / folder for language, folder in FLEURS.items() if (root / folder / "test.tsv").is_file()}
     return {language: items(language, folder) for language, folder in found.items()}
