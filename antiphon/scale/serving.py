@@ -211,6 +211,7 @@ def deployment(settings: Settings, load: Load, conversations: int, keeper: Any, 
         "name": APP,
         "ray_actor_options": {"num_cpus": cluster.cpus, "num_gpus": cluster.gpus},
         "max_ongoing_requests": OPEN,
+        "max_surge_percent": 100,  # new replicas come before old ones go, which may take as long as a conversation
         "graceful_shutdown_timeout_s": settings.renew_seconds,
         "request_router_config": RequestRouterConfig.model_validate(
             {"request_router_class": Router, "request_routing_stats_period_s": REPORTS}
