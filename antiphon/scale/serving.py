@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -30,8 +30,8 @@ from ray.serve.config import (
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 from starlette.applications import Starlette
 
-from antiphon.engine import Engine
 from antiphon.serve.app import create_app
+from antiphon.serve.engines import Load
 from antiphon.serve.kept import Shelves
 from antiphon.serve.logs import to_standard_error
 from antiphon.serve.settings import Settings
@@ -43,8 +43,6 @@ OPEN = 10_000  # requests that a replica takes at once: its own gate says how ma
 SPARE = 0.25  # of all places, that should be free: with fewer the autoscaler adds a replica
 Key = TypeVar("Key")
 Value = TypeVar("Value")
-Prepare = Callable[[Settings, int], Engine]
-Load = Callable[[], Prepare]
 
 
 # ------------------------------------------------------------------------------------------- what is shared

@@ -15,10 +15,12 @@ from antiphon.terminal import Dtype, load_model, say
 if TYPE_CHECKING:
     from antiphon.serve.settings import Settings
 
+Prepare = Callable[["Settings", int], Engine]  # the engine for so many conversations, warm; 0 measures them
+Load = Callable[[], Prepare]  # reads the weights, in the process that needs them
 MOST = 16  # conversations that are tried when nobody says how many
 
 
-def loaded(model: str, device: str, dtype: Dtype) -> Callable[[Settings, int], Engine]:
+def loaded(model: str, device: str, dtype: Dtype) -> Prepare:
     """The weights, in a function that makes an engine of them."""
     torch.set_num_threads(1)  # each lane is a thread, and small products gain nothing from more
     return partial(prepared, load_model(model, device, dtype))

@@ -99,7 +99,6 @@ class Session:
         call = await self.house.open(window=LIVE_WINDOW)
         self._talk = Talk(self.house, call, manner, self._happened)
         self.house.endings.add(self.ending.set)
-        await self.keep()
 
     async def keep(self, changed: str | None = None) -> None:
         """Let others know how it stands, an item that is new or has changed included."""
@@ -270,7 +269,9 @@ class Lobby:
         own = sum(session.who == who for session in self.sessions.values())
         if max(own, self.house.shelves.sessions_of(who)) >= most and not self._let_go(who):
             raise Refused(f"there are {most} sessions of this key; close one first", 429, "too_many_sessions")
-        return await self._open(Session.new(self.house, who, model, kind))
+        session = await self._open(Session.new(self.house, who, model, kind))
+        await session.keep()
+        return session
 
     async def _open(self, session: Session) -> Session:
         await session.open()

@@ -20,15 +20,15 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field, replace
 from multiprocessing.context import SpawnProcess
 from multiprocessing.managers import SyncManager
 from typing import Any
 
-from antiphon.engine import Engine
 from antiphon.errors import AntiphonError, InputError
 from antiphon.serve.app import create_app
+from antiphon.serve.engines import Load, Prepare
 from antiphon.serve.kept import Shelves
 from antiphon.serve.logs import note, to_standard_error
 from antiphon.serve.run import Server, config_of
@@ -39,8 +39,6 @@ LINE = 2048  # bytes of a request's first line that are looked at
 REPORTS = 0.1  # seconds between two of a worker's words about its room
 COUNTS = 1.0  # and between what it has counted
 HOLDER = re.compile(rb"^GET /v1/realtime\?(?:[^ ]*&)?session_id=sess_([a-z0-9]+)_")
-Prepare = Callable[[Settings, int], Engine]  # the engine for so many conversations, warm; 0 measures them
-Load = Callable[[], Prepare]  # reads the weights, in the process that needs them
 
 
 @contextlib.contextmanager
