@@ -418,7 +418,7 @@ class Conversation:
             return []
         self.thinker.reserve(self.thinker.filled + len(ids))
         if self.model.speech is not None:
-            self.talker.reserve(self.user_length + sum(user))
+            self.talker.check(sum(self._users) + sum(user))  # no more: it may be reading in another thread
         self._ids, self._user, self._audio = [], [], []
         place = torch.tensor(ids, device=self.model.device)
         x = self.model.embed_prompt(

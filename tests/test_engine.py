@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from antiphon.audio import Samples
 from antiphon.engine import Answering, Call, Engine
@@ -17,6 +18,7 @@ from antiphon.engine.lanes import Speaking, Thinking
 from antiphon.errors import BusyError, CapacityError, InputError
 from antiphon.generate import AudioDelta, Event, Reply, Session, TextDelta, collect
 from antiphon.sampling import GREEDY, Sampling
+from antiphon.streaming import KVCache, Span
 from tests.models import omni
 
 RATE = 16000
@@ -326,6 +328,33 @@ def test_the_talker_reads_a_chunk_while_the_thinker_is_at_the_next():
         assert read[k].start < thought[k + 1].stop, f"the Talker waits for chunk {k + 1} before it reads chunk {k}"
         assert read[k].start >= thought[k].stop, "nobody reads what has not been thought"
     assert len(events.reply().codes) == 2
+
+
+def test_what_is_said_next_does_not_disturb_the_talker_at_its_reading(monkeypatch):
+    def read(is_disturbed: bool) -> Tensor:
+        """The Talker's past of two messages; the second, a long one, may come while it reads the first."""
+        engine = Engine(model())
+        call, (thinking, speaking) = engine.open(), engine.lanes
+        call.append_message({"role": "user", "content": "one " * 60})
+        while not call.following:
+            thinking.step()
+        call.append_message({"role": "user", "content": "two " * 300})
+        span = KVCache.span
+
+        def opened(cache: KVCache, steps: int) -> Span:
+            found = span(cache, steps)
+            if is_disturbed and cache is call.session.talker:
+                thinking.step()
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(KVCache, "span", opened)
+            speaking.step()
+        engine.run()
+        talker = call.session.talker
+        return talker.k[:, :, :, : talker.filled]
+
+    assert torch.equal(read(False), read(True))
 
 
 def test_lanes_in_threads_do_overlap():

@@ -256,9 +256,10 @@ class Thinking(Lane):
         self.hand_over()
         for call, tapped in zip(calls, accept, strict=True):
             if call.reading:
-                chunk = call.reading.popleft()
+                chunk = call.reading[0]
                 if chunk.mine and self.model.speech is not None:
                     call.following.append((chunk, tapped[chunk.mine]))
+                call.reading.popleft()  # last: nobody is to see that it is in neither place
             elif call.turn:
                 call.turn.thought.read()
 
@@ -353,7 +354,8 @@ class Speaking(Lane):
         self.talk(x[None], JoinedCaches([call.session.talker for call in calls], [len(x) for x in xs], padded))
         self.hand_over()  # before the states that it read are let go
         for call in calls:
-            call.session.user_length += len(call.following.popleft()[0].mine)
+            call.session.user_length += len(call.following[0][0].mine)
+            call.following.popleft()  # last: whoever sees that nothing follows goes on from where it ends
 
     def speaking(self) -> list[Call]:
         """Calls whose next frame can be made and is wanted, the one that is due first first."""
