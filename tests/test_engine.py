@@ -598,6 +598,21 @@ def test_who_waits_for_an_answer_is_told_when_the_engine_stops():
     assert not engine.calls
 
 
+def test_an_answer_whose_sound_ends_first_when_it_is_cancelled_comes_to_its_end():
+    engine = Engine(model())
+    call, (thinking, speaking) = engine.open(), engine.lanes
+    call.append_text("hello")
+    events = call.respond(max_frames=2000, verbatim=True)
+    while not (call.turn and call.turn.frames):
+        thinking.step()
+        speaking.step()
+    call.cancel()
+    speaking.step()
+    engine.run()
+    assert call.turn is None
+    assert events.reply().finish == "cancelled"
+
+
 def test_a_prompt_over_the_limit_is_told_and_nobody_else_is_hurt():
     engine = Engine(model())
     long, other = engine.open(retention=None), engine.open()
@@ -737,7 +752,7 @@ def resident() -> int:
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
-@pytest.mark.parametrize("seconds", [2, pytest.param(240, marks=pytest.mark.long)])
+@pytest.mark.parametrize("seconds", [2, pytest.param(600, marks=pytest.mark.long)])
 def test_a_soak_leaves_no_call_no_thread_and_no_memory(seconds):
     """Conversations that come, ask, leave in the middle or hear all of it, as fast as they may."""
     threads, random, sizes = threading.active_count(), np.random.default_rng(0), []

@@ -175,12 +175,13 @@ class Thinking(Lane):
         listening = [call for call in self.house.calls if call.asked is not None]
         if self.together("aut", listening, self.hear):
             wished += [self.do(call) for call in listening]
-        closed = [self.alone(call, self.close) for call in list(self.house.calls)]
         reads = self.batch()
         some = [call for call in reads if len(reads[call])]
         prompts = sum(len(reads[call]) for call in some if call.reading)
         self.together("thinker", some, lambda some: self.read(some, reads), prompts)
         self.together("draw", [call for call in reads if self.is_drawing(call)], self.draw)
+        # last: where a batch has found that a text is over, nothing else may come that would step this lane again
+        closed = [self.alone(call, self.close) for call in list(self.house.calls)]
         return bool(reads) or any(wished) or any(closed)
 
     def do(self, call: Call) -> bool:
