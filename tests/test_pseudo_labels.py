@@ -17,4 +17,5 @@ def test_an_aut_with_labels_of_an_earlier_one_hears_more_than_the_same_without_t
     found = compared(course, cuts, runs, "test.jsonl.gz")
     print_table(found)
     margin = found["margin"]
-    assert margin.low is not None and margin.low > 0
+    assert margin.low is not None
+    assert margin.low > 0
