@@ -105,8 +105,7 @@ class House:
         except BusyError:
             if not self.make_room():
                 raise
-            await asyncio.sleep(0.1)  # until the engine has swept it
-            return await asyncio.to_thread(lambda: self.engine.open(**how))
+            return await asyncio.to_thread(lambda: self.engine.open(**how))  # which waits until that has left
 
     @asynccontextmanager
     async def call(self, **how: Any) -> AsyncIterator[Call]:
