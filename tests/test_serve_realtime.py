@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import gc
+import io
 import json
 import threading
 import time
@@ -20,7 +21,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 from websockets.typing import Origin, Subprotocol
 
-from antiphon.audio import Samples, from_pcm16, pcm16, read_audio
+from antiphon.audio import Samples, from_pcm16, pcm16, read_audio, write_audio
 from antiphon.engine import Call
 from antiphon.engine.call import Turn
 from antiphon.engine.lanes import Speaking
@@ -122,6 +123,38 @@ def test_push_to_talk_hears_the_question(server):
         c.send("conversation.item.retrieve", item_id=item)
         sound = c.last("conversation.item.retrieved")["item"]["content"][0]["audio"]
         np.testing.assert_allclose(from_pcm16(base64.b64decode(sound)), question, atol=1e-3)
+
+
+@pytest.mark.parametrize(("window", "same"), [(8, True), (None, False)])
+def test_one_window_for_all_gives_one_answer_in_chat_and_in_realtime(window, same):
+    question, file = heard(at_24k(EXAMPLES / "question.wav")), io.BytesIO()
+    write_audio(file, question, 24000)
+    part = {"type": "input_audio", "input_audio": {"data": base64.b64encode(file.getvalue()).decode(), "format": "wav"}}
+    asked: Any = {"messages": [{"role": "user", "content": [part]}], "modalities": ["text", "audio"]}
+    sound: Any = {"voice": "ethan", "format": "pcm16"}
+    with serving(Settings(window=window)) as served, line(served) as c:
+        chat = served.client().chat.completions.create(model="tiny", **asked, audio=sound, max_completion_tokens=20)
+        c.update(audio={**PUSH_TO_TALK, "output": {"voice": "ethan"}}, max_output_tokens=20)
+        c.append(question, 17)
+        c.send("input_audio_buffer.commit")
+        c.send("response.create")
+        spoken = from_pcm16(sound_of(c.until("response.done")))
+    told = from_pcm16(base64.b64decode(chat.choices[0].message.audio.data))
+    assert (len(spoken) == len(told) and np.allclose(spoken, told, atol=1e-3)) is same
+
+
+def test_what_the_user_says_is_read_while_it_is_said(server):
+    """Before the turn is over, the conversation holds the windows that have closed."""
+    question = at_24k(EXAMPLES / "question.wav")
+    for taking in (None, {"type": "server_vad"}):
+        with line(server) as c:
+            c.update(audio={"input": {"turn_detection": taking}})
+            c.append(np.concatenate([quiet(0.2), question]), 40)
+            (call,) = server.engine.calls
+            until(lambda call=call: call.session.ids.count(tiny().config.audio_token_id) >= 26)  # two seconds
+            c.send("conversation.item.retrieve", item_id="nothing")
+            assert "input_audio_buffer.committed" not in types(c.until("error"))
+        until(lambda: not server.engine.calls)
 
 
 def test_the_server_hears_when_a_turn_is_over_and_answers(server):

@@ -217,6 +217,10 @@ def serve(
         int, typer.Option(min=0, help="At once; more are refused. 0 measures what the machine keeps in time.")
     ] = 0,
     sessions: Annotated[int, typer.Option(min=1, help="Realtime sessions of one key at once.")] = 8,
+    window: Annotated[
+        int | None,
+        typer.Option(help="Seconds the encoder attends over, everywhere; left out: 2 in Realtime, else as released."),
+    ] = None,
     workers: Annotated[
         int, typer.Option(min=1, help="Processes, each with an engine and as many conversations; SIGHUP renews them.")
     ] = 1,
@@ -243,8 +247,9 @@ def serve(
         keys=read_keys(keys),
         origins=tuple(origin or ()),
         sessions=sessions,
+        window=window,
     )
-    load = partial(loaded, model, device, dtype)
+    load = partial(loaded, model, device, dtype, window)
     if ray:
         _need_ray()
         from antiphon.scale.serving import Cluster, run_ray

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from antiphon.audio import Samples
 from antiphon.engine import Call
-from antiphon.engine.engine import LIVE_WINDOW, RETENTION
+from antiphon.engine.engine import RETENTION
 from antiphon.errors import AntiphonError, InputError
 from antiphon.generate import Reply
 from antiphon.serve.background import Background
@@ -153,8 +153,9 @@ class History:
             if self.holds(manner):
                 return
             told, self._told, self._is_true = Told.by(manner), None, True
+            window = self.house.settings.live_window
             begun = await asyncio.to_thread(
-                self.house.engine.begun, told.instructions, told.tools, LIVE_WINDOW, told.retention
+                self.house.engine.begun, told.instructions, told.tools, window, told.retention
             )
             await settled(self.call.become(begun))
             self._read, self.is_hearing = 0, False

@@ -100,6 +100,7 @@ class House:
         Raises:
             BusyError: there is none.
         """
+        how = {"window": self.settings.window} | how
         try:
             return await asyncio.to_thread(lambda: self.engine.open(**how))
         except BusyError:

@@ -26,7 +26,6 @@ from openai.types.realtime.conversation_created_event import Conversation
 from pydantic import BaseModel, ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from antiphon.engine.engine import LIVE_WINDOW
 from antiphon.serve.background import Background
 from antiphon.serve.happenings import (
     Added,
@@ -96,7 +95,7 @@ class Session:
             BusyError: there is none.
         """
         manner = manner_of(self.house, self.who, self.config)
-        call = await self.house.open(window=LIVE_WINDOW)
+        call = await self.house.open(window=self.house.settings.live_window)
         self._talk = Talk(self.house, call, manner, self._happened)
         self.house.endings.add(self.ending.set)
 
