@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -28,6 +29,7 @@ from antiphon.engine.lanes import Speaking
 from antiphon.errors import InputError
 from antiphon.generate import Omni, collect
 from antiphon.serve.cutting import PATIENCE
+from antiphon.serve.kept import Shelves
 from antiphon.serve.realtime import Lobby
 from antiphon.serve.settings import Settings
 from antiphon.serve.sounds import WireOut, from_wire
@@ -560,9 +562,9 @@ def test_telephones(server, form):
         assert len(from_wire(form, sound_of(events))) == 640 * frames
 
 
-def test_a_transcription_session_only_writes_down(server):
+def test_a_transcription_session_only_writes_down(shelves):
     question = at_24k(EXAMPLES / "question.wav")
-    with line(server, intent="transcription") as c:
+    with serving() as server, line(server, intent="transcription") as c:
         assert c.events[0]["session"]["type"] == "transcription"
         c.append(np.concatenate([quiet(0.5), question, quiet(1.0)]), 30)
         events = c.until("conversation.item.input_audio_transcription.completed")
@@ -570,6 +572,9 @@ def test_a_transcription_session_only_writes_down(server):
         assert not [event for event in events if event["type"].startswith("response")]
         c.send("response.create")
         assert "no answers" in c.last("error")["error"]["message"]
+        assert [(item.sound_bytes, item.parts[0].text) for item in shelves.said.values()] == [
+            (0, events[-1]["transcript"])
+        ]
 
 
 def test_nobody_there_for_a_while(server):
@@ -728,7 +733,22 @@ def test_what_cannot_be_written_down_is_told_and_the_next_turn_is(server, monkey
         assert c.last("conversation.item.input_audio_transcription.completed")["transcript"]
 
 
-def test_older_sound_is_forgotten_beyond_a_limit_and_told_as_it_was_written_down():
+class Far(dict[Any, Any]):
+    """A shelf in another process: what is put there stays as it was."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, deepcopy(value))
+
+
+@pytest.fixture
+def shelves(monkeypatch) -> Shelves:
+    """Where a server keeps its sessions for others."""
+    shelves = Shelves(sessions=Far(), said=Far())
+    monkeypatch.setattr("antiphon.serve.app.Shelves", lambda: shelves)
+    return shelves
+
+
+def test_older_sound_is_forgotten_beyond_a_limit_and_told_as_it_was_written_down(shelves):
     question = at_24k(EXAMPLES / "question.wav")
     with serving(Settings(history_bytes=2 * len(question) + 100)) as served, line(served) as c:
         c.update(output_modalities=["text"], audio={"input": {"turn_detection": None, "transcription": {"model": "x"}}})
@@ -743,6 +763,8 @@ def test_older_sound_is_forgotten_beyond_a_limit_and_told_as_it_was_written_down
             c.send("conversation.item.retrieve", item_id=id)
             kept.append("audio" in c.last("conversation.item.retrieved")["item"]["content"][0])
         assert kept == [False, True, True]  # what was said last stands outside of the limit
+        assert [item.sound_bytes > 0 for item in shelves.said.values()] == kept
+        assert [item.parts[0].text for item in shelves.said.values()] == texts
         c.send("conversation.item.delete", item_id=users[1])  # so that it is told anew
         c.send("response.create")
         session = tiny().session(window=2)

@@ -32,6 +32,7 @@ from antiphon.serve.happenings import (
     Answer,
     AnswerEnded,
     Deleted,
+    Faded,
     Finished,
     Happening,
     Heard,
@@ -133,7 +134,7 @@ class Session:
         match happening:
             case Added(item, done=True) | Finished(item):
                 await self.keep(item.id)
-            case Heard(id) | Truncated(id):
+            case Heard(id) | NotHeard(id) | Truncated(id) | Faded(id):
                 await self.keep(id)
             case Deleted():
                 await self.keep()

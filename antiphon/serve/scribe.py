@@ -30,6 +30,7 @@ from antiphon.serve.happenings import (
     Cleared,
     Committed,
     Deleted,
+    Faded,
     Finished,
     Happening,
     Heard,
@@ -87,6 +88,8 @@ class Scribe:
                 yield wire.InputAudioBufferClearedEvent(type="input_audio_buffer.cleared", event_id=_id())
             case HeardMore() | Heard() | NotHeard():
                 yield from self._heard(happening)
+            case Faded():
+                return  # the protocol has no word for it
             case Added() | Finished() | Truncated() | Deleted() | Retrieved():
                 yield from self._items(happening)
             case Problem(error):

@@ -201,11 +201,12 @@ class Talk:
                 async for delta in text:
                     await self.happened(HeardMore(item.id, delta))
             item.parts[0].text = written.text()
-            await self.happened(Heard(item.id, written.text(), written.heard, written.asked, written.said))
+            end = Heard(item.id, written.text(), written.heard, written.asked, written.said)
         except Exception as error:
-            await self.happened(NotHeard(item.id, error))
+            end = NotHeard(item.id, error)
         if not self.manner.answers:
             item.parts[0].sound = None  # nobody will hear it again
+        await self.happened(end)
 
     # ------------------------------------------------------------------------------------------- answers
 
