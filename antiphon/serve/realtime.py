@@ -364,7 +364,7 @@ async def realtime(socket: WebSocket) -> None:
     session.free.clear()
     try:
         await socket.accept("realtime" if "realtime" in offered else None)
-        note("realtime", id=socket.state.request_id, session=session.id)
+        note("realtime", id=socket.state.request_id, session=session.id, worker=house.settings.worker)
         left = None
         left = await converse(socket, session, house.settings.idle_seconds)
     finally:

@@ -38,7 +38,7 @@ SPAWN = multiprocessing.get_context("spawn")  # a fork would copy threads in the
 LINE = 2048  # bytes of a request's first line that are looked at
 REPORTS = 0.1  # seconds between two of a worker's words about its room
 COUNTS = 1.0  # and between what it has counted
-HOLDER = re.compile(rb"^GET /v1/realtime\?(?:[^ ]*&)?session_id=sess_([a-z0-9]+)_")
+RETURNS = re.compile(rb"^GET /v1/realtime\?(?:[^ ]*&)?session_id=(\w{1,100})[& ]")
 
 
 @contextlib.contextmanager
@@ -300,11 +300,16 @@ class Doorkeeper:
                 async with asyncio.timeout(self.settings.head_seconds):
                     line = await first_line(connection)
                 if line:
-                    self._hand_over(connection, line)
+                    self._hand_over(connection, await asyncio.to_thread(self._holder, line))
 
-    def _hand_over(self, connection: socket.socket, line: bytes) -> None:
-        holder = HOLDER.match(line)
-        held = [w for w in self.workers if holder and w.name == holder[1].decode()]
+    def _holder(self, line: bytes) -> str | None:
+        """Who holds the session that a client comes back to, if that is what it does."""
+        returns = RETURNS.match(line)
+        saved = (self.shelves.sessions or {}).get(returns[1].decode()) if returns else None
+        return saved.worker if saved is not None else None
+
+    def _hand_over(self, connection: socket.socket, holder: str | None) -> None:
+        held = [worker for worker in self.workers if worker.name == holder]
         others = sorted((w for w in self.workers if not w.is_leaving), key=lambda w: -w.free)
         for worker in (*held, *others):
             if worker.give(connection):
