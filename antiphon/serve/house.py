@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
@@ -13,9 +14,10 @@ from typing import Any, TypeVar
 from starlette.requests import HTTPConnection, Request
 
 from antiphon.engine import Answering, Call, Engine, Failed
-from antiphon.errors import BusyError
+from antiphon.errors import BusyError, InputError
 from antiphon.generate import Done, Event, Omni, Reply
 from antiphon.serve.kept import Remembered, Shelves, Voices
+from antiphon.serve.logs import note
 from antiphon.serve.meters import Listening, Meters
 from antiphon.serve.refusals import Refused
 from antiphon.serve.settings import Settings
@@ -35,8 +37,10 @@ class House:
         self.decoders = asyncio.Semaphore(DECODERS)
         self.stopping = False
         self.endings = set[Callable[[], None]]()  # of Realtime sessions: asks one to come to an end
+        self.give_up: Callable[[], None] = lambda: None  # ends the process that holds it
         self.make_room: Callable[[], bool] = lambda: False  # ends what nobody waits for; whether there was something
         self._engine: Engine | None = None
+        self._failed = False
 
     @property
     def is_warm(self) -> bool:
@@ -66,9 +70,20 @@ class House:
         return code2wav.sample_rate if code2wav else 0
 
     async def warm(self) -> None:
-        """Load and warm the engine, in a thread of its own."""
-        self._engine = await asyncio.to_thread(self._prepare)
+        """Warm the engine, in a thread of its own; where that fails there is nothing to serve."""
+        try:
+            self._engine = await asyncio.to_thread(self._prepare)
+        except Exception as error:
+            note("warming failed", level=logging.ERROR, error=error)
+            self._failed = True
+            self.give_up()
+            return
         self.meters.conversations.set_function(self._held)
+
+    def check_warmed(self) -> None:
+        """Raise InputError if the engine could not be made ready."""
+        if self._failed:
+            raise InputError("the model could not be made ready; the log above says why")
 
     def _held(self) -> int:
         return sum(not call.is_aside for call in self.engine.calls)

@@ -35,6 +35,7 @@ from antiphon.serve.run import Server, config_of
 from antiphon.serve.settings import Settings
 
 SPAWN = multiprocessing.get_context("spawn")  # a fork would copy threads in the middle of what they do
+WAITING = 2048  # callers who have not been looked at
 LINE = 2048  # bytes of a request's first line that are looked at
 REPORTS = 0.1  # seconds between two of a worker's words about its room
 COUNTS = 1.0  # and between what it has counted
@@ -114,7 +115,9 @@ def work(settings: Settings, load: Load, most: int, shelves: Shelves, door: sock
     """A worker's process."""
     to_standard_error()
     try:
-        Fed(settings, load(), most, shelves, door).run()
+        server = Fed(settings, load(), most, shelves, door)
+        server.run()
+        server.house.check_warmed()
     except AntiphonError as error:
         note("failed", error=error)
         sys.exit(1)
@@ -343,17 +346,13 @@ def _end(process: SpawnProcess, seconds: float) -> None:
         process.join()
 
 
-def run_workers(settings: Settings, port: int, load: Load, count: int, most: int) -> None:
+def run_workers(settings: Settings, listener: socket.socket, load: Load, count: int, most: int) -> None:
     """Serve by several processes until told to stop.
 
     Raises:
-        InputError: the address cannot be listened on, or a worker could not be made ready.
+        InputError: a worker could not be made ready.
     """
     to_standard_error()
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    try:
-        listener = socket.create_server((settings.host, port), family=family)
-    except OSError as error:
-        raise InputError(f"{settings.host}:{port} cannot be had ({error.strerror}); give another --port") from None
+    listener.listen(WAITING)
     with shared_shelves() as shelves:
         asyncio.run(Doorkeeper(settings, load, count, most, listener, shelves).run())
