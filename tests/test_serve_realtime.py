@@ -44,6 +44,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 HALF = {"type": "retention_ratio", "retention_ratio": 0.5}
 PUSH_TO_TALK: Any = {"input": {"turn_detection": None}}
 NO_SCHEMA = {"type": "function", "name": "f", "parameters": {"type": 7}}
+NO_SOUND = {"type": "message", "role": "user", "content": [{"type": "input_audio"}]}
 IMAGE = {"type": "message", "role": "user", "content": [{"type": "input_image", "image_url": "x"}]}
 ANSWER = [
     "response.output_item.added",
@@ -511,7 +512,7 @@ def test_tools_of_one_answer_are_for_it_alone(server):
         ({"max_output_tokens": 0}, "response.max_output_tokens"),
         ({"audio": {"output": {"voice": "nobody"}}}, "response.audio.output.voice"),
         ({"conversation": "conv_other"}, "response.conversation"),
-        ({"input": [{"type": "message", "role": "user"}]}, "content"),
+        ({"input": [{"type": "message", "role": "user"}]}, "response.input.0.content"),
         ({"input": 7}, "input"),
     ],
 )
@@ -633,7 +634,7 @@ def test_a_conversation_that_is_full_forgets_its_beginning_or_says_so(server, tr
 @pytest.mark.parametrize(
     ("session", "param"),
     [
-        ({"audio": {"input": {"turn_detection": {"type": "semantic_vad", "eagerness": "very"}}}}, "turn_detection"),
+        ({"audio": {"input": {"turn_detection": {"type": "semantic_vad", "eagerness": "very"}}}}, "eagerness"),
         ({"audio": {"input": {"turn_detection": {"type": "server_vad", "threshold": 3}}}}, "threshold"),
         ({"audio": {"input": {"turn_detection": {"type": "server_vad", "idle_timeout_ms": 1}}}}, "idle_timeout_ms"),
         ({"audio": {"input": {"format": {"type": "audio/pcm", "rate": 16000}}}}, "rate"),
@@ -655,7 +656,10 @@ def test_a_conversation_that_is_full_forgets_its_beginning_or_says_so(server, tr
         ({"prompt": {"id": "p"}}, "session.prompt"),
         ({"max_output_tokens": 5000}, "session.max_output_tokens"),
         ({"type": "transcription"}, "session.type"),
-        ({"type": "other"}, "session"),
+        ({"audio": {"input": {"format": {"type": "audio/mp3"}}}}, "audio.input.format.type"),
+        ({"audio": {"input": {"turn_detection": {"type": "vad"}}}}, "turn_detection.type"),
+        ({"voice": "ethan"}, "session.voice"),
+        ({"type": "other"}, "session.type"),
         ({"instructions": 7}, "session"),
     ],
 )
@@ -685,6 +689,8 @@ def test_what_cannot_be_set_is_said_and_changes_nothing(server, session, param):
         '{"type": "input_audio_buffer.append", "audio": "AAAA"}',
         '{"type": "input_audio_buffer.append", "audio": 7}',
         '{"type": "input_audio_buffer.commit"}',
+        '{"type": "conversation.item.create", "item": {"type": "nonsense"}}',
+        json.dumps({"type": "conversation.item.create", "item": NO_SOUND}),
         '{"type": "conversation.item.create", "item": {"type": "message", "role": "user", "content": 7}}',
         json.dumps({"type": "conversation.item.create", "item": IMAGE}),
         '{"type": "conversation.item.create", "item": {"type": "mcp_call"}}',

@@ -49,7 +49,7 @@ from antiphon.serve.refusals import Refused, refusal
 from antiphon.serve.scribe import Scribe, problem, read_item, read_items, read_sound
 from antiphon.serve.sounds import from_wire
 from antiphon.serve.talk import Talk
-from antiphon.serve.wire import as_json, new_id, parsed, wrong_field
+from antiphon.serve.wire import as_json, new_id, parsed, shortly, wrong_field
 
 SLICE = 12000  # samples that are judged at once
 OUTBOX = 256  # events that wait for a client; then the conversation waits
@@ -179,7 +179,8 @@ class Session:
         """
         kind = raw.get("type")
         if not isinstance(kind, str) or kind not in KINDS:
-            raise Refused(f"there is no event of type {kind!r}"[:200], code="unknown_event", param="type")
+            told = f"there is no event of type {shortly(kind)}; there are {', '.join(sorted(KINDS))}"
+            raise Refused(told, code="unknown_event", param="type")
         wanted = raw.get("response") or {} if kind == "response.create" else {}
         items = wanted.pop("input", None) if isinstance(wanted, dict) else None  # may hold what the types do not know
         try:
@@ -341,7 +342,8 @@ class Lobby:
 
 
 def _gone() -> Refused:
-    return Refused("there is no session to come back to", 404, "session_not_found", "session_id")
+    told = "there is no session to come back to; connect without session_id to begin one"
+    return Refused(told, 404, "session_not_found", "session_id")
 
 
 async def _report(error: Exception) -> None:
