@@ -21,6 +21,7 @@ from antiphon.audio import Resampler, Samples, from_pcm16, write_audio
 from antiphon.engine import Call, Engine
 from antiphon.engine.call import Turn
 from antiphon.engine.lanes import Speaking
+from antiphon.serve.settings import Settings
 from antiphon.transcripts import transcribe
 from tests.realtime_line import at_24k, quiet
 from tests.serving import Served, serving, tiny
@@ -261,3 +262,85 @@ def test_by_keyboard_on_a_phone_in_the_dark(server, browser):
     )
     assert unnamed == []
     assert page.problems == []
+
+
+def answered(page: Any, times: int) -> dict[str, Any]:
+    """The last of so many answers."""
+    until(page, lambda: len(page.wire.of("response.done")) == times)
+    answer = page.wire.of("response.done")[-1]["response"]
+    assert answer["status"] == "completed"
+    return answer
+
+
+def written(page: Any, times: int) -> str:
+    """What the page shows that the user has said, the last of so many turns."""
+    done = "conversation.item.input_audio_transcription.completed"
+    until(page, lambda: len(page.wire.of(done)) == times)
+    heard = page.wire.of(done)[-1]
+    playwright.expect(page.locator(f"#said [data-id={heard['item_id']}]")).to_contain_text(heard["transcript"])
+    return heard["transcript"]
+
+
+DROP = """(data) => {
+  const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0)), transfer = new DataTransfer();
+  transfer.items.add(new File([bytes], "dropped.wav", { type: "audio/wav" }));
+  for (const kind of ["dragenter", "dragover", "drop"])
+    document.body.dispatchEvent(new DragEvent(kind, { dataTransfer: transfer, bubbles: true }));
+}"""
+
+
+def test_files_are_chosen_or_dropped_and_the_log_tells_what_went_over_the_wire(server, browser):
+    page = browser(server, quiet(1), DESKTOP)
+    page.locator("#file").set_input_files(QUESTION)
+    first = answered(page, 1)
+    heard = written(page, 1)
+    page.evaluate(DROP, base64.b64encode(QUESTION.read_bytes()).decode())
+    answered(page, 2)
+    assert written(page, 2) == heard != ""
+    assert not page.wire.of("input_audio_buffer.speech_started"), "a file is one turn"
+    page.get_by_text("Events", exact=False).first.click()
+    log = page.get_by_role("list", name="Events of the protocol")
+    playwright.expect(log).to_contain_text("→ input_audio_buffer.commit")
+    playwright.expect(log).not_to_contain_text("response.output_audio.delta")
+    line = log.get_by_role("listitem").filter(has_text="← response.done").first
+    line.get_by_text("← response.done").click()
+    playwright.expect(line).to_contain_text(first["id"])
+    assert page.problems == []
+
+
+def test_who_pushes_to_talk_is_heard_from_key_down_to_key_up(server, browser):
+    page = browser(server, np.concatenate([at_24k(QUESTION), quiet(60)]), DESKTOP)
+    page.get_by_label("Push to talk").press("Space")
+    playwright.expect(page.get_by_label("Push to talk")).to_be_checked()
+    page.keyboard.down("Space")
+    page.wait_for_timeout(1000 * len(at_24k(QUESTION)) / RATE + 500)
+    page.keyboard.up("Space")
+    answered(page, 1)
+    assert written(page, 1)
+    assert len(page.wire.of("input_audio_buffer.commit")) == len(page.wire.of("input_audio_buffer.committed")) == 1
+    assert not page.wire.of("input_audio_buffer.speech_started")
+    assert page.problems == []
+
+
+def test_a_voice_is_cloned_from_a_file_and_from_a_recording(browser):
+    reference = QUESTION.with_name("reference.wav")
+    with serving(Settings(keys=("secret",)), warm) as server:
+        page = browser(server, np.concatenate([at_24k(reference), quiet(60)]), PHONE)
+        page.get_by_label("API key").fill("secret")
+        page.get_by_role("button", name="Connect").click()
+        for name in ("anna", "bert"):
+            page.get_by_role("button", name="Clone…").click()
+            page.get_by_label("Name").fill(name)
+            if name == "anna":
+                page.get_by_label("Recording of the voice").set_input_files(reference)
+            else:
+                page.get_by_role("button", name="Record").click()
+                playwright.expect(page.locator("#clone-state")).to_contain_text("4.")
+                page.get_by_role("button", name="Stop").click()
+            page.get_by_role("button", name="Clone", exact=True).click()
+            playwright.expect(page.get_by_label("Voice", exact=True)).to_have_value(name)
+        page.get_by_role("textbox", name="Write to Antiphon").fill("What is three plus four?")
+        page.keyboard.press("Enter")
+        answered(page, 1)
+        assert page.wire.of("session.updated")[-1]["session"]["audio"]["output"]["voice"] == "bert"
+        assert [line for line in page.problems if "401" not in line] == []
