@@ -7,6 +7,7 @@ with PICTURES=docs/pictures it also leaves the pictures of the documentation.
 import base64
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from difflib import SequenceMatcher
@@ -170,12 +171,14 @@ def first_loud(x: Samples) -> int:
     return int((np.abs(x) > 0.003).argmax())
 
 
-def found_in(whole: Samples, part: Samples, start: int = 0) -> tuple[int, int]:
-    """Where in `whole`, a part begins that is the next sound after `start`, and ends; a late packet leaves a gap.
+def found_in(whole: Samples, part: Samples, start: int = 0) -> tuple[int, int, Samples]:
+    """Where in `whole` a part begins that is the next sound after `start`, where it ends, and it as it is there.
+
+    A late packet leaves a gap, which is left out of it.
 
     One that is no louder than a whisper, or is not whole, is taken to be there; a gap may go through one.
     """
-    likeness = list[float]()
+    likeness, there = list[float](), list[Samples]()
     begin = place = start + first_loud(whole[start:]) - first_loud(part)
     for packet in np.split(part, range(PACKET, len(part), PACKET)):
         if np.abs(packet).max() > 0.01 and len(packet) == PACKET:
@@ -187,9 +190,10 @@ def found_in(whole: Samples, part: Samples, start: int = 0) -> tuple[int, int]:
                 later = alike(whole[place : place + 3 * RATE], packet)
                 place += int(later.argmax())
                 likeness.append(float(later.max()))
+        there.append(whole[place : place + len(packet)])
         place += len(packet)
     assert np.mean(likeness) > 0.97, f"what was sent is not what was played: {np.round(likeness, 2)}"
-    return begin, place
+    return begin, place, np.concatenate(there)
 
 
 def talkative(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
@@ -229,13 +233,18 @@ def test_a_spoken_question_is_answered_interrupted_and_answered_again(server, br
     users = page.locator("#said .user").all_inner_texts()
     assert len(users) == len(turns) >= 2  # a pause in the question may end a turn
     assert all(text.strip("…") for text in users)
+    for phase in ("first text", "first packet", "first sound played"):
+        shown = page.locator("#phases div", has_text=phase).locator("dd")
+        playwright.expect(shown).to_contain_text(re.compile(r"^\d+ ms$"))
+    packets = len(wire.sound(second["output"][0]["id"])) // PACKET
+    playwright.expect(page.locator("#late")).to_contain_text(re.compile(rf"^{packets}, none late|of {packets} late"))
     sound, last = played(page), wire.sound(second["output"][0]["id"])
     heard = wire.sound(first["output"][0]["id"])[: 24 * truncated["audio_end_ms"]]
-    _, stopped = found_in(sound, heard)
-    begun, ended = found_in(sound, last, stopped + RATE // 20)
+    _, stopped, _ = found_in(sound, heard)
+    begun, _, again = found_in(sound, last, stopped + RATE // 20)
     assert begun - stopped > RATE, "the answer went on after it was interrupted"
     said = second["output"][0]["content"][0]["transcript"]
-    read, *others = (transcribe(tiny(), part, RATE).text for part in (sound[begun:ended], last, heard))
+    read, *others = (transcribe(tiny(), part, RATE).text for part in (again, last, heard))
     assert read
     assert like(read, others[0]) > like(read, others[1]), "what is played is not what was sent, to who listens to it"
     print(f"said {said!r}, read back as {read!r}, and as {others[0]!r} before it was played")
@@ -334,7 +343,7 @@ def test_a_voice_is_cloned_from_a_file_and_from_a_recording(browser):
             if name == "anna":
                 page.get_by_label("Recording of the voice").set_input_files(reference)
             else:
-                page.get_by_role("button", name="Record").click()
+                page.get_by_role("button", name="Record", exact=True).click()
                 playwright.expect(page.locator("#clone-state")).to_contain_text("4.")
                 page.get_by_role("button", name="Stop").click()
             page.get_by_role("button", name="Clone", exact=True).click()

@@ -5,6 +5,7 @@ import base64
 import gc
 import io
 import json
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from antiphon.errors import InputError
 from antiphon.generate import Omni, collect
 from antiphon.serve.cutting import PATIENCE
 from antiphon.serve.kept import Shelves
+from antiphon.serve.logs import JsonLines
 from antiphon.serve.realtime import Lobby
 from antiphon.serve.settings import Settings
 from antiphon.serve.sounds import WireOut, from_wire
@@ -827,6 +829,18 @@ def test_a_lost_connection_is_taken_up_again(server):
     until(lambda: not server.engine.calls)
 
 
+def test_who_comes_back_too_late_begins_anew():
+    with serving(Settings(resume_seconds=0.2)) as served:
+        with line(served) as c:
+            session = c.events[0]["session"]
+            assert session["antiphon"]["resume_seconds"] == 0.2
+            c.socket.close(1011)
+        until(lambda: not served.engine.calls)
+        who = {"session_id": session["id"], "resume_token": session["antiphon"]["resume_token"]}
+        with pytest.raises(InvalidStatus, match="404"), line(served, None, False, **who):
+            pass
+
+
 def test_who_comes_back_before_the_server_knows_that_he_was_gone_takes_the_session_over(server):
     with line(server) as c:
         c.say("What is three plus four?")
@@ -934,6 +948,24 @@ def test_who_says_nothing_for_long_is_closed():
         assert closed.value.rcvd is not None
         assert closed.value.rcvd.code == 1000
         until(lambda: not served.engine.calls)
+
+
+def test_nothing_that_is_said_is_logged(server, caplog):
+    caplog.set_level(logging.DEBUG)
+    secret: Any = {"role": "user", "content": "sesame"}
+    with line(server) as c:
+        c.say("sesame")
+        c.send("response.create")
+        said = text_of(c.until("response.done"))
+        c.send("sesame", sesame="sesame")
+        c.last("error")
+        c.update(instructions="sesame")
+    answer = server.client().chat.completions.create(model="tiny", messages=[secret]).choices[0].message.content
+    with pytest.raises(openai.BadRequestError, match="sesame"):
+        server.client().chat.completions.create(model="tiny", messages=[secret], seed="sesame")  # type: ignore[call-overload]
+    told = [JsonLines().format(record) for record in caplog.records if record.name.startswith("antiphon")]
+    assert len(told) > 2
+    assert not [text for text in told if any(word in text for word in ("sesame", said, answer))]
 
 
 def test_a_stopped_server_finishes_its_sentence():
