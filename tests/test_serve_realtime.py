@@ -30,6 +30,8 @@ from antiphon.engine.lanes import Speaking
 from antiphon.errors import InputError
 from antiphon.generate import Omni, collect
 from antiphon.serve.cutting import PATIENCE
+from antiphon.serve.happenings import Item
+from antiphon.serve.history import History
 from antiphon.serve.kept import Shelves
 from antiphon.serve.logs import JsonLines
 from antiphon.serve.realtime import Lobby
@@ -215,6 +217,7 @@ def test_a_guessed_answer_is_the_answer(server, monkeypatch):
         taken.append(guess.call is not None)
         return take_over(self, guess, *rest)
 
+    until(lambda: not server.engine.calls)  # of a test before this
     monkeypatch.setattr(Call, "_take_over", noting)
     with line(server) as c:
         c.append(np.concatenate([quiet(0.5), at_24k(EXAMPLES / "question-zh.wav"), quiet(0.25)]), 40)
@@ -360,6 +363,32 @@ def test_a_client_that_says_late_what_was_heard_is_told_what_was_kept(server, mo
         time.sleep(PATIENCE + 0.3)
         c.send("conversation.item.truncate", item_id=item, content_index=0, audio_end_ms=400)
         assert c.last("conversation.item.truncated")["audio_end_ms"] == 80
+
+
+def test_a_client_that_says_what_was_heard_while_our_clock_cuts_is_believed(server, monkeypatch):
+    make_talkative(monkeypatch)
+    monkeypatch.setattr("antiphon.serve.cutting.PATIENCE", 0)
+    cut = History.cut
+
+    async def slow(self: History, item: Item, ms: int) -> None:
+        await cut(self, item, ms)
+        await asyncio.sleep(0.5)
+
+    monkeypatch.setattr(History, "cut", slow)
+    with line(server) as c:
+        c.say("What is three plus four?")
+        c.until("conversation.item.done")
+        c.send("response.create")
+        item = c.last("response.output_item.added")["item"]["id"]
+        for _ in range(12):  # 960 ms
+            c.until("response.output_audio.delta")
+        c.append(np.concatenate([quiet(0.3), at_24k(EXAMPLES / "question.wav")[:30000]]), 20)
+        c.until("response.done")
+        c.send("conversation.item.truncate", item_id=item, content_index=0, audio_end_ms=80)
+        assert c.last("conversation.item.truncated")["audio_end_ms"] == 80
+        c.send("conversation.item.retrieve", item_id=item)
+        kept = c.last("conversation.item.retrieved")["item"]["content"][0]
+        assert len(base64.b64decode(kept["audio"])) == 2 * 24 * 80
 
 
 def test_cuts_outside_the_answer_are_refused(server):
@@ -969,7 +998,7 @@ def test_nothing_that_is_said_is_logged(server, caplog):
 
 
 def test_a_stopped_server_finishes_its_sentence():
-    with serving() as served, line(served) as c:
+    with serving(Settings(stop_seconds=60)) as served, line(served) as c:
         c.say("What is three plus four?")
         c.send("response.create")
         c.until("response.output_audio.delta")
@@ -980,6 +1009,19 @@ def test_a_stopped_server_finishes_its_sentence():
         assert closed.value.rcvd.code == 1001
         done = next(event for event in c.events if event["type"] == "response.done")
         assert done["response"]["status"] == "completed"
+
+
+def test_a_sentence_without_end_does_not_keep_a_server_from_stopping(monkeypatch):
+    make_talkative(monkeypatch)
+    with serving(Settings(stop_seconds=0.3)) as served, line(served) as c:
+        c.say("What is three plus four?")
+        c.send("response.create")
+        c.until("response.output_audio.delta")
+        served.stop()
+        with pytest.raises(ConnectionClosed) as closed:
+            c.until("never")
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1001
 
 
 def test_a_session_whose_client_is_gone_does_not_keep_a_server_from_stopping(monkeypatch):

@@ -24,6 +24,7 @@ from antiphon.serve.settings import Settings
 
 Made = TypeVar("Made")
 DECODERS = 2  # uploads that are decoded at once
+CLOSING = 1.0  # seconds that sessions may take to close when their answers have come to an end
 
 
 class House:
@@ -99,7 +100,7 @@ class House:
         for end in [*self.endings]:
             end()
         with suppress(TimeoutError):
-            async with asyncio.timeout(self.settings.stop_seconds):
+            async with asyncio.timeout(self.settings.stop_seconds + CLOSING):
                 while self.endings:
                     await asyncio.sleep(0.05)
 

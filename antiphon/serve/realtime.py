@@ -47,6 +47,7 @@ from antiphon.serve.logs import note
 from antiphon.serve.manners import Config, first_config, for_answer, manner_of, merged
 from antiphon.serve.refusals import Refused, refusal
 from antiphon.serve.scribe import Scribe, problem, read_item, read_items, read_sound
+from antiphon.serve.settings import Settings
 from antiphon.serve.sounds import from_wire
 from antiphon.serve.talk import Talk
 from antiphon.serve.wire import as_json, new_id, parsed, shortly, wrong_field
@@ -368,7 +369,7 @@ async def realtime(socket: WebSocket) -> None:
         await socket.accept("realtime" if "realtime" in offered else None)
         note("realtime", id=socket.state.request_id, session=session.id, worker=house.settings.worker)
         left = None
-        left = await converse(socket, session, house.settings.idle_seconds)
+        left = await converse(socket, session, house.settings)
     finally:
         session.free.set()
         if session.taken.is_set():
@@ -381,12 +382,12 @@ async def realtime(socket: WebSocket) -> None:
             await socket.close(*left)
 
 
-async def converse(socket: WebSocket, session: Session, idle: float) -> tuple[int, str] | None:
+async def converse(socket: WebSocket, session: Session, settings: Settings) -> tuple[int, str] | None:
     """Read and write until one side ends it: how to close, or None where the connection is gone.
 
     A client that closes in order (1000) has ended the session.
     """
-    reading = asyncio.create_task(_read(socket, session, idle))
+    reading = asyncio.create_task(_read(socket, session, settings.idle_seconds))
     writing = asyncio.create_task(_write(socket, session))
     ending, taken = (asyncio.create_task(event.wait()) for event in (session.ending, session.taken))
     tasks = (reading, writing, ending, taken)
@@ -395,7 +396,8 @@ async def converse(socket: WebSocket, session: Session, idle: float) -> tuple[in
         if writing.done():  # the client is gone; how it left is known when what it sent before has been read
             await asyncio.wait((reading,), timeout=LEAVING)
         if ending.done():
-            await session.talk.finish()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(session.talk.finish(), settings.stop_seconds)
             while not session.outbox.empty() and not writing.done():
                 await asyncio.sleep(0.01)
             return GOING_AWAY, "the server is being stopped"
