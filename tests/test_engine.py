@@ -446,6 +446,15 @@ def test_one_more_than_there_is_room_for_is_refused():
     engine.open()
 
 
+def test_who_comes_as_another_leaves_gets_the_place():
+    with Engine(model(), capacity=1) as engine:
+        for _ in range(20):
+            call = engine.open()
+            say(call, 3)
+            call.respond(max_frames=200, max_text_tokens=200)
+            call.close()
+
+
 def test_the_capacity_is_what_the_machine_keeps_in_time(monkeypatch):
     """A machine on which a step of n conversations takes 10 + 7 n ms keeps seven of them in frames of 80 ms."""
     engine = Engine(model())

@@ -28,8 +28,10 @@ SECONDS = float(os.environ.get("ANTIPHON_LOAD_SECONDS", "300"))
 CAPACITY, CROWD = int(os.environ.get("ANTIPHON_LOAD_CONVERSATIONS", "8")), 50
 TURNS = 10  # of a conversation: most of a minute
 GROWTH = 32  # MB by which the process may grow in the second half of the time
-SERVE = "from antiphon.cli import main; main()"
-QUESTIONS = [read_audio(Path(__file__).parent.parent / "examples" / "question.wav")]
+WIRE = 40  # ms by which the first packet may come later over the wire than from the engine
+MAIN = "from antiphon.cli import main; main()"
+QUESTION = Path(__file__).parent.parent / "examples" / "question.wav"
+QUESTIONS = [read_audio(QUESTION)]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("load") / "serve.log"
     words = ("serve", "tiny", "--port", port, "--conversations", CAPACITY, "--sessions", CROWD)
     with log.open("w") as file:
-        process = subprocess.Popen([sys.executable, "-c", SERVE, *map(str, words)], stderr=file)
+        process = subprocess.Popen([sys.executable, "-c", MAIN, *map(str, words)], stderr=file)
     try:
         with httpx2.Client(base_url=f"http://127.0.0.1:{port}") as http:
             until(lambda: process.poll() is not None or answers(http), 120)
@@ -71,6 +73,30 @@ def in_time(one: Run) -> None:
     assert [answer.error for answer in one.answers if answer.error and not answer.refused] == []
     assert sum(late) == 0, f"{sum(late)} of {one.figures['packets']} packets were late"
     assert all(answer.packets for answer in one.answers if not answer.refused)
+
+
+def test_the_wire_takes_little_time(server, tmp_path):
+    """The same questions with the same clocks, asked of the engine and then, by one client, of the server."""
+    words = (
+        "bench",
+        "tiny",
+        "--question",
+        QUESTION,
+        "-c",
+        1,
+        "--turns",
+        TURNS,
+        "--capacity",
+        1,
+        "--out",
+        tmp_path / "x",
+    )
+    subprocess.run([sys.executable, "-c", MAIN, *map(str, words)], check=True, stdout=subprocess.DEVNULL)
+    alone = json.loads((tmp_path / "x").read_text())["loads"][0]["code_ms"]["p50"]
+    print("\n" + heading(TITLES), end="")
+    wire = held(server, Load(1, turns=TURNS)).figures["code_ms"]["p50"]
+    print(f"\nfirst packet, p50: {alone:.0f} ms from the engine, {wire:.0f} ms over the wire")
+    assert wire - alone < WIRE
 
 
 def test_as_many_as_fit_are_kept_in_time_for_minutes_and_memory_stays_as_it_is(server):

@@ -24,6 +24,7 @@ from antiphon.engine import Engine
 from antiphon.errors import InputError
 from antiphon.serve.logs import JsonLines, to_standard_error
 from antiphon.serve.openapi import ENDPOINTS
+from antiphon.serve.run import place_of, run
 from antiphon.serve.settings import KEYS, Settings, read_keys
 from tests.serving import Served, engine, serving, until
 
@@ -47,6 +48,26 @@ def test_health_is_200_only_when_it_can_answer():
         assert refused.status_code == 503
         assert refused.headers["retry-after"]
         ready.set()
+
+
+def test_a_model_that_cannot_be_made_ready_ends_the_server(monkeypatch, caplog):
+    def make() -> Engine:
+        raise MemoryError("too large")
+
+    monkeypatch.setattr("antiphon.serve.run.to_standard_error", lambda: None)
+    with pytest.raises(InputError, match="could not be made ready"):
+        run(Settings(), place_of(Settings(), 0), make)
+    assert "warming failed" in caplog.messages
+
+
+def test_an_address_that_cannot_be_had_is_told():
+    taken = place_of(Settings(), 0)
+    taken.listen()
+    with pytest.raises(InputError, match="give another --host or --port"):
+        place_of(Settings(), taken.getsockname()[1])
+    taken.close()
+    with pytest.raises(InputError, match=r"nowhere\.invalid:0 cannot be had"):
+        place_of(Settings(host="nowhere.invalid", keys=("one",)), 0)
 
 
 def test_the_container_is_healthy_only_when_it_can_answer():
@@ -76,9 +97,20 @@ def test_the_model_is_listed_under_all_its_names():
 
 def test_errors_have_openais_shape(server):
     with server.http() as http:
-        for response, status in ((http.get("/v1/nothing"), 404), (http.delete("/v1/models"), 405)):
+        for response, status, words in (
+            (http.get("/v1/nothing"), 404, "/docs lists"),
+            (http.post("/v1/audio/translations"), 404, "/docs lists"),
+            (http.delete("/v1/models"), 405, "use GET or HEAD"),
+            (http.put("/v1/audio/voices"), 405, "use GET or HEAD or POST"),
+            (http.post("/index.html"), 404, "/docs lists"),
+            (http.get("/v1/realtime"), 426, "connect to ws://"),
+        ):
             assert response.status_code == status
             assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+            assert words in response.json()["error"]["message"]
+    with pytest.raises(InvalidStatus, match="404") as refused:
+        connect(f"ws://{server.host}/v1/realtime/calls")
+    assert b"there is no /v1/realtime/calls" in (refused.value.response.body or b"")
 
 
 def test_a_key_is_asked_for_and_compared():

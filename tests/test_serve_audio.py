@@ -93,8 +93,9 @@ def test_chinese_is_asked_for_in_chinese(server):
         ({"model": "tiny", "language": "tlh"}, wav(tone(1), 24000), "no language 'tlh'"),
         ({"model": "tiny", "response_format": "docx"}, wav(tone(1), 24000), "no format 'docx'"),
         ({"model": "whisper-1"}, wav(tone(1), 24000), "no model 'whisper-1'"),
-        ({"model": "tiny"}, None, "send a sound file"),
+        ({"model": "tiny"}, None, "send the sound as a file in the field file"),
         ({"model": "tiny", "timestamp_granularities[]": "word"}, wav(tone(1), 24000), "no times of words"),
+        ({"model": "tiny", "stream": "perhaps"}, wav(tone(1), 24000), 'stream is "perhaps"; expected true or false'),
     ],
 )
 def test_what_cannot_be_written_down_is_said(server, fields, data, words):

@@ -3,10 +3,13 @@
 import asyncio
 import base64
 import gc
+import io
 import json
+import logging
 import threading
 import time
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -20,13 +23,17 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 from websockets.typing import Origin, Subprotocol
 
-from antiphon.audio import Samples, from_pcm16, pcm16, read_audio
+from antiphon.audio import Samples, from_pcm16, pcm16, read_audio, write_audio
 from antiphon.engine import Call
 from antiphon.engine.call import Turn
 from antiphon.engine.lanes import Speaking
 from antiphon.errors import InputError
 from antiphon.generate import Omni, collect
 from antiphon.serve.cutting import PATIENCE
+from antiphon.serve.happenings import Item
+from antiphon.serve.history import History
+from antiphon.serve.kept import Shelves
+from antiphon.serve.logs import JsonLines
 from antiphon.serve.realtime import Lobby
 from antiphon.serve.settings import Settings
 from antiphon.serve.sounds import WireOut, from_wire
@@ -41,6 +48,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 HALF = {"type": "retention_ratio", "retention_ratio": 0.5}
 PUSH_TO_TALK: Any = {"input": {"turn_detection": None}}
 NO_SCHEMA = {"type": "function", "name": "f", "parameters": {"type": 7}}
+NO_SOUND = {"type": "message", "role": "user", "content": [{"type": "input_audio"}]}
 IMAGE = {"type": "message", "role": "user", "content": [{"type": "input_image", "image_url": "x"}]}
 ANSWER = [
     "response.output_item.added",
@@ -124,6 +132,38 @@ def test_push_to_talk_hears_the_question(server):
         np.testing.assert_allclose(from_pcm16(base64.b64decode(sound)), question, atol=1e-3)
 
 
+@pytest.mark.parametrize(("window", "same"), [(8, True), (None, False)])
+def test_one_window_for_all_gives_one_answer_in_chat_and_in_realtime(window, same):
+    question, file = heard(at_24k(EXAMPLES / "question.wav")), io.BytesIO()
+    write_audio(file, question, 24000)
+    part = {"type": "input_audio", "input_audio": {"data": base64.b64encode(file.getvalue()).decode(), "format": "wav"}}
+    asked: Any = {"messages": [{"role": "user", "content": [part]}], "modalities": ["text", "audio"]}
+    sound: Any = {"voice": "ethan", "format": "pcm16"}
+    with serving(Settings(window=window)) as served, line(served) as c:
+        chat = served.client().chat.completions.create(model="tiny", **asked, audio=sound, max_completion_tokens=20)
+        c.update(audio={**PUSH_TO_TALK, "output": {"voice": "ethan"}}, max_output_tokens=20)
+        c.append(question, 17)
+        c.send("input_audio_buffer.commit")
+        c.send("response.create")
+        spoken = from_pcm16(sound_of(c.until("response.done")))
+    told = from_pcm16(base64.b64decode(chat.choices[0].message.audio.data))
+    assert (len(spoken) == len(told) and np.allclose(spoken, told, atol=1e-3)) is same
+
+
+def test_what_the_user_says_is_read_while_it_is_said(server):
+    """Before the turn is over, the conversation holds the windows that have closed."""
+    question = at_24k(EXAMPLES / "question.wav")
+    for taking in (None, {"type": "server_vad"}):
+        with line(server) as c:
+            c.update(audio={"input": {"turn_detection": taking}})
+            c.append(np.concatenate([quiet(0.2), question]), 40)
+            (call,) = server.engine.calls
+            until(lambda call=call: call.session.ids.count(tiny().config.audio_token_id) >= 26)  # two seconds
+            c.send("conversation.item.retrieve", item_id="nothing")
+            assert "input_audio_buffer.committed" not in types(c.until("error"))
+        until(lambda: not server.engine.calls)
+
+
 def test_the_server_hears_when_a_turn_is_over_and_answers(server):
     question = at_24k(EXAMPLES / "question.wav")
     with line(server) as c:
@@ -177,6 +217,7 @@ def test_a_guessed_answer_is_the_answer(server, monkeypatch):
         taken.append(guess.call is not None)
         return take_over(self, guess, *rest)
 
+    until(lambda: not server.engine.calls)  # of a test before this
     monkeypatch.setattr(Call, "_take_over", noting)
     with line(server) as c:
         c.append(np.concatenate([quiet(0.5), at_24k(EXAMPLES / "question-zh.wav"), quiet(0.25)]), 40)
@@ -322,6 +363,32 @@ def test_a_client_that_says_late_what_was_heard_is_told_what_was_kept(server, mo
         time.sleep(PATIENCE + 0.3)
         c.send("conversation.item.truncate", item_id=item, content_index=0, audio_end_ms=400)
         assert c.last("conversation.item.truncated")["audio_end_ms"] == 80
+
+
+def test_a_client_that_says_what_was_heard_while_our_clock_cuts_is_believed(server, monkeypatch):
+    make_talkative(monkeypatch)
+    monkeypatch.setattr("antiphon.serve.cutting.PATIENCE", 0)
+    cut = History.cut
+
+    async def slow(self: History, item: Item, ms: int) -> None:
+        await cut(self, item, ms)
+        await asyncio.sleep(0.5)
+
+    monkeypatch.setattr(History, "cut", slow)
+    with line(server) as c:
+        c.say("What is three plus four?")
+        c.until("conversation.item.done")
+        c.send("response.create")
+        item = c.last("response.output_item.added")["item"]["id"]
+        for _ in range(12):  # 960 ms
+            c.until("response.output_audio.delta")
+        c.append(np.concatenate([quiet(0.3), at_24k(EXAMPLES / "question.wav")[:30000]]), 20)
+        c.until("response.done")
+        c.send("conversation.item.truncate", item_id=item, content_index=0, audio_end_ms=80)
+        assert c.last("conversation.item.truncated")["audio_end_ms"] == 80
+        c.send("conversation.item.retrieve", item_id=item)
+        kept = c.last("conversation.item.retrieved")["item"]["content"][0]
+        assert len(base64.b64decode(kept["audio"])) == 2 * 24 * 80
 
 
 def test_cuts_outside_the_answer_are_refused(server):
@@ -476,7 +543,7 @@ def test_tools_of_one_answer_are_for_it_alone(server):
         ({"max_output_tokens": 0}, "response.max_output_tokens"),
         ({"audio": {"output": {"voice": "nobody"}}}, "response.audio.output.voice"),
         ({"conversation": "conv_other"}, "response.conversation"),
-        ({"input": [{"type": "message", "role": "user"}]}, "content"),
+        ({"input": [{"type": "message", "role": "user"}]}, "response.input.0.content"),
         ({"input": 7}, "input"),
     ],
 )
@@ -527,9 +594,9 @@ def test_telephones(server, form):
         assert len(from_wire(form, sound_of(events))) == 640 * frames
 
 
-def test_a_transcription_session_only_writes_down(server):
+def test_a_transcription_session_only_writes_down(shelves):
     question = at_24k(EXAMPLES / "question.wav")
-    with line(server, intent="transcription") as c:
+    with serving() as server, line(server, intent="transcription") as c:
         assert c.events[0]["session"]["type"] == "transcription"
         c.append(np.concatenate([quiet(0.5), question, quiet(1.0)]), 30)
         events = c.until("conversation.item.input_audio_transcription.completed")
@@ -537,6 +604,9 @@ def test_a_transcription_session_only_writes_down(server):
         assert not [event for event in events if event["type"].startswith("response")]
         c.send("response.create")
         assert "no answers" in c.last("error")["error"]["message"]
+        assert [(item.sound_bytes, item.parts[0].text) for item in shelves.said.values()] == [
+            (0, events[-1]["transcript"])
+        ]
 
 
 def test_nobody_there_for_a_while(server):
@@ -595,7 +665,7 @@ def test_a_conversation_that_is_full_forgets_its_beginning_or_says_so(server, tr
 @pytest.mark.parametrize(
     ("session", "param"),
     [
-        ({"audio": {"input": {"turn_detection": {"type": "semantic_vad", "eagerness": "very"}}}}, "turn_detection"),
+        ({"audio": {"input": {"turn_detection": {"type": "semantic_vad", "eagerness": "very"}}}}, "eagerness"),
         ({"audio": {"input": {"turn_detection": {"type": "server_vad", "threshold": 3}}}}, "threshold"),
         ({"audio": {"input": {"turn_detection": {"type": "server_vad", "idle_timeout_ms": 1}}}}, "idle_timeout_ms"),
         ({"audio": {"input": {"format": {"type": "audio/pcm", "rate": 16000}}}}, "rate"),
@@ -617,7 +687,10 @@ def test_a_conversation_that_is_full_forgets_its_beginning_or_says_so(server, tr
         ({"prompt": {"id": "p"}}, "session.prompt"),
         ({"max_output_tokens": 5000}, "session.max_output_tokens"),
         ({"type": "transcription"}, "session.type"),
-        ({"type": "other"}, "session"),
+        ({"audio": {"input": {"format": {"type": "audio/mp3"}}}}, "audio.input.format.type"),
+        ({"audio": {"input": {"turn_detection": {"type": "vad"}}}}, "turn_detection.type"),
+        ({"voice": "ethan"}, "session.voice"),
+        ({"type": "other"}, "session.type"),
         ({"instructions": 7}, "session"),
     ],
 )
@@ -647,6 +720,8 @@ def test_what_cannot_be_set_is_said_and_changes_nothing(server, session, param):
         '{"type": "input_audio_buffer.append", "audio": "AAAA"}',
         '{"type": "input_audio_buffer.append", "audio": 7}',
         '{"type": "input_audio_buffer.commit"}',
+        '{"type": "conversation.item.create", "item": {"type": "nonsense"}}',
+        json.dumps({"type": "conversation.item.create", "item": NO_SOUND}),
         '{"type": "conversation.item.create", "item": {"type": "message", "role": "user", "content": 7}}',
         json.dumps({"type": "conversation.item.create", "item": IMAGE}),
         '{"type": "conversation.item.create", "item": {"type": "mcp_call"}}',
@@ -695,7 +770,22 @@ def test_what_cannot_be_written_down_is_told_and_the_next_turn_is(server, monkey
         assert c.last("conversation.item.input_audio_transcription.completed")["transcript"]
 
 
-def test_older_sound_is_forgotten_beyond_a_limit_and_told_as_it_was_written_down():
+class Far(dict[Any, Any]):
+    """A shelf in another process: what is put there stays as it was."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, deepcopy(value))
+
+
+@pytest.fixture
+def shelves(monkeypatch) -> Shelves:
+    """Where a server keeps its sessions for others."""
+    shelves = Shelves(sessions=Far(), said=Far())
+    monkeypatch.setattr("antiphon.serve.app.Shelves", lambda: shelves)
+    return shelves
+
+
+def test_older_sound_is_forgotten_beyond_a_limit_and_told_as_it_was_written_down(shelves):
     question = at_24k(EXAMPLES / "question.wav")
     with serving(Settings(history_bytes=2 * len(question) + 100)) as served, line(served) as c:
         c.update(output_modalities=["text"], audio={"input": {"turn_detection": None, "transcription": {"model": "x"}}})
@@ -710,6 +800,8 @@ def test_older_sound_is_forgotten_beyond_a_limit_and_told_as_it_was_written_down
             c.send("conversation.item.retrieve", item_id=id)
             kept.append("audio" in c.last("conversation.item.retrieved")["item"]["content"][0])
         assert kept == [False, True, True]  # what was said last stands outside of the limit
+        assert [item.sound_bytes > 0 for item in shelves.said.values()] == kept
+        assert [item.parts[0].text for item in shelves.said.values()] == texts
         c.send("conversation.item.delete", item_id=users[1])  # so that it is told anew
         c.send("response.create")
         session = tiny().session(window=2)
@@ -764,6 +856,18 @@ def test_a_lost_connection_is_taken_up_again(server):
     with pytest.raises(InvalidStatus, match="404"), line(server, **who):
         pass
     until(lambda: not server.engine.calls)
+
+
+def test_who_comes_back_too_late_begins_anew():
+    with serving(Settings(resume_seconds=0.2)) as served:
+        with line(served) as c:
+            session = c.events[0]["session"]
+            assert session["antiphon"]["resume_seconds"] == 0.2
+            c.socket.close(1011)
+        until(lambda: not served.engine.calls)
+        who = {"session_id": session["id"], "resume_token": session["antiphon"]["resume_token"]}
+        with pytest.raises(InvalidStatus, match="404"), line(served, None, False, **who):
+            pass
 
 
 def test_who_comes_back_before_the_server_knows_that_he_was_gone_takes_the_session_over(server):
@@ -875,8 +979,26 @@ def test_who_says_nothing_for_long_is_closed():
         until(lambda: not served.engine.calls)
 
 
+def test_nothing_that_is_said_is_logged(server, caplog):
+    caplog.set_level(logging.DEBUG)
+    secret: Any = {"role": "user", "content": "sesame"}
+    with line(server) as c:
+        c.say("sesame")
+        c.send("response.create")
+        said = text_of(c.until("response.done"))
+        c.send("sesame", sesame="sesame")
+        c.last("error")
+        c.update(instructions="sesame")
+    answer = server.client().chat.completions.create(model="tiny", messages=[secret]).choices[0].message.content
+    with pytest.raises(openai.BadRequestError, match="sesame"):
+        server.client().chat.completions.create(model="tiny", messages=[secret], seed="sesame")  # type: ignore[call-overload]
+    told = [JsonLines().format(record) for record in caplog.records if record.name.startswith("antiphon")]
+    assert len(told) > 2
+    assert not [text for text in told if any(word in text for word in ("sesame", said, answer))]
+
+
 def test_a_stopped_server_finishes_its_sentence():
-    with serving() as served, line(served) as c:
+    with serving(Settings(stop_seconds=60)) as served, line(served) as c:
         c.say("What is three plus four?")
         c.send("response.create")
         c.until("response.output_audio.delta")
@@ -887,6 +1009,19 @@ def test_a_stopped_server_finishes_its_sentence():
         assert closed.value.rcvd.code == 1001
         done = next(event for event in c.events if event["type"] == "response.done")
         assert done["response"]["status"] == "completed"
+
+
+def test_a_sentence_without_end_does_not_keep_a_server_from_stopping(monkeypatch):
+    make_talkative(monkeypatch)
+    with serving(Settings(stop_seconds=0.3)) as served, line(served) as c:
+        c.say("What is three plus four?")
+        c.send("response.create")
+        c.until("response.output_audio.delta")
+        served.stop()
+        with pytest.raises(ConnectionClosed) as closed:
+            c.until("never")
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1001
 
 
 def test_a_session_whose_client_is_gone_does_not_keep_a_server_from_stopping(monkeypatch):

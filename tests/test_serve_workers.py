@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from websockets.exceptions import InvalidStatus
 
 from antiphon.serve.meters import Meters, summed
-from tests.realtime_line import Line, line, text_of
+from tests.realtime_line import Line, line, text_of, types
 from tests.serving import Served, tiny, until
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -45,8 +45,9 @@ class Group:
         return Served(f"127.0.0.1:{self.port}", None, lambda: None)  # type: ignore[arg-type]
 
     def process_of(self, session: str) -> int:
-        """Of the worker that holds a session."""
-        name = session.split("_")[1]
+        """Of the worker that holds a session: the last that has let its client in."""
+        let_in = [said["worker"] for said in self.lines if said["event"] == "realtime" and said["session"] == session]
+        name = let_in[-1]
         return next(said["process"] for said in self.lines if said["event"] == "worker" and said["name"] == name)
 
     def told(self, event: str) -> int:
@@ -128,6 +129,39 @@ def test_a_session_goes_on_elsewhere_when_its_worker_is_killed_and_the_others_no
             assert second == tiny().generate(told, audio=False).text
         with pytest.raises(InvalidStatus, match="404"), line(group.served, session_id="sess_w1_1", resume_token="x"):
             pass
+
+
+@pytest.mark.long
+def test_a_session_outlives_a_second_killed_worker_and_who_comes_back_gets_to_the_one_that_holds_it(group):
+    messages = list[dict[str, str]]()
+
+    def turn(c: Line) -> None:
+        messages.append({"role": "user", "content": QUESTION})
+        messages.append({"role": "assistant", "content": ask(c)})
+        assert messages[-1]["content"] == tiny().generate(messages[:-1], audio=False).text
+
+    with line(group.served) as c:
+        turn(c)
+        who = back(c)
+        c.socket.close(1011)
+    session = who["session_id"]
+    first = group.process_of(session)
+    for _ in range(2):
+        known = group.told("warm")
+        os.kill(group.process_of(session), signal.SIGKILL)
+        until(lambda known=known: group.told("warm") == known + 1, 120)
+        with line(group.served, None, True, **who) as c:
+            turn(c)
+            c.socket.close(1011)
+        holder = group.process_of(session)
+        assert holder != first
+        with line(group.served, None, False, **who) as c:
+            turn(c)
+            assert "session.created" not in types(c.events), "it was taken up though it was still held"
+            c.socket.close(1011)
+        assert group.process_of(session) == holder
+    with line(group.served, None, False, **who):
+        pass  # and leaves
 
 
 @pytest.mark.long

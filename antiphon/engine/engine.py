@@ -35,6 +35,7 @@ RETENTION = 0.8  # of the model's positions, that a long conversation keeps
 IN_TIME = 0.8  # of a frame, that the steps of a full house may take
 TRIED = 10  # frames
 IDLE = 0.5  # seconds until a lane looks again if nobody wakes it
+LEAVING = 1.0  # seconds that a newcomer waits at most for the place of a call that was closed
 
 
 class Engine:
@@ -87,15 +88,24 @@ class Engine:
             BusyError: there are as many as the machine keeps in time.
         """
         with self._changed:
-            taken = sum(not call.is_aside for call in self.calls)
-            if self.capacity is not None and taken >= self.capacity and not aside:
-                raise BusyError.of(self.capacity, RETRY)
-            for lane in self.lanes:
-                lane.take_in(session)
-            self._opened += 1
-            call = Call(session, f"call {self._opened}", self)
-            call.is_aside = aside
-            self.calls = [*self.calls, call]
+            try:
+                return self._take_in(session, aside)
+            except BusyError:
+                if not (self._running and any(call.closed for call in self.calls)):
+                    raise
+                self._changed.wait_for(lambda: not any(call.closed for call in self.calls), LEAVING)
+                return self._take_in(session, aside)
+
+    def _take_in(self, session: EngineSession, aside: bool) -> Call:
+        taken = sum(not call.is_aside for call in self.calls)
+        if self.capacity is not None and taken >= self.capacity and not aside:
+            raise BusyError.of(self.capacity, RETRY)
+        for lane in self.lanes:
+            lane.take_in(session)
+        self._opened += 1
+        call = Call(session, f"call {self._opened}", self)
+        call.is_aside = aside
+        self.calls = [*self.calls, call]
         return call
 
     def fork(self, call: Call) -> Call:
@@ -110,6 +120,7 @@ class Engine:
         """Step these no more."""
         with self._changed:
             self.calls = [call for call in self.calls if call not in calls]
+            self._changed.notify_all()  # there may be somebody who waits for a place
 
     def load(self, path: str | Path) -> Call:
         """A conversation that `Call.save` or `Session.save` wrote.
@@ -239,8 +250,8 @@ class Engine:
                 for call in self.calls:
                     call.fail(error)
                 worked = True
+            self._sweep()
             if not worked:
-                self._sweep()
                 with self._changed:
                     if self._ticket == ticket and self._running:
                         self._changed.wait(IDLE)

@@ -204,7 +204,7 @@ def serve(
     host: Annotated[
         str, typer.Option(help="Address to listen on; any but this machine's own needs keys.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes any that is free.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
     keys: Annotated[Path | None, typer.Option(help="File of API keys, one a line; or set ANTIPHON_API_KEYS.")] = None,
     name: Annotated[str, typer.Option(help="What clients call the model; its last part by default.")] = "",
     alias: Annotated[
@@ -217,6 +217,10 @@ def serve(
         int, typer.Option(min=0, help="At once; more are refused. 0 measures what the machine keeps in time.")
     ] = 0,
     sessions: Annotated[int, typer.Option(min=1, help="Realtime sessions of one key at once.")] = 8,
+    window: Annotated[
+        int | None,
+        typer.Option(help="Seconds the encoder attends over, everywhere; left out: 2 in Realtime, else as released."),
+    ] = None,
     workers: Annotated[
         int, typer.Option(min=1, help="Processes, each with an engine and as many conversations; SIGHUP renews them.")
     ] = 1,
@@ -232,7 +236,7 @@ def serve(
 ) -> None:
     """Serve OpenAI's chat, transcription, speech and Realtime endpoints, and the page."""
     try:
-        from antiphon.serve.run import run
+        from antiphon.serve.run import place_of, run
         from antiphon.serve.settings import Settings, read_keys
     except ImportError as error:
         raise InputError(f"serving needs pip install 'antiphon[serve]' ({error.name} is missing)") from None
@@ -243,8 +247,9 @@ def serve(
         keys=read_keys(keys),
         origins=tuple(origin or ()),
         sessions=sessions,
+        window=window,
     )
-    load = partial(loaded, model, device, dtype)
+    load = partial(loaded, model, device, dtype, window)
     if ray:
         _need_ray()
         from antiphon.scale.serving import Cluster, run_ray
@@ -255,10 +260,10 @@ def serve(
             raise InputError("--workers needs Linux or macOS; leave it at 1 here")
         from antiphon.serve.workers import run_workers
 
-        run_workers(settings, port, load, workers, conversations)
+        run_workers(settings, place_of(settings, port), load, workers, conversations)
     else:
-        prepare = load()
-        run(settings, port, lambda: prepare(settings, conversations))
+        place, prepare = place_of(settings, port), load()
+        run(settings, place, lambda: prepare(settings, conversations))
 
 
 def _need_ray() -> None:

@@ -17,15 +17,15 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
-from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
+from starlette.routing import BaseRoute, Match, Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
+from starlette.websockets import WebSocket
 
 from antiphon.engine import Engine
 from antiphon.serve.chat import chat
 from antiphon.serve.gate import Gate
 from antiphon.serve.house import House, house_of
 from antiphon.serve.kept import Shelves
-from antiphon.serve.logs import note
 from antiphon.serve.meters import summed
 from antiphon.serve.openapi import document, page
 from antiphon.serve.realtime import Lobby, realtime
@@ -47,7 +47,6 @@ def create_app(settings: Settings, prepare: Callable[[], Engine], shelves: Shelv
     @asynccontextmanager
     async def life(app: Starlette) -> AsyncIterator[None]:
         warming = asyncio.create_task(house.warm())
-        warming.add_done_callback(_report)
         yield
         warming.cancel()
         await house.stop()
@@ -66,6 +65,8 @@ def create_app(settings: Settings, prepare: Callable[[], Engine], shelves: Shelv
         Route("/v1/audio/voices", add_voice, methods=["POST"]),
         Route("/v1/audio/voices/{voice_id}", delete_voice, methods=["DELETE"]),
         WebSocketRoute("/v1/realtime", realtime),
+        Route("/v1/realtime", not_a_socket, methods=["GET", "POST"]),
+        WebSocketRoute("/{path:path}", not_spoken),
     ]
     if PAGE.is_dir():
         routes.append(Mount("/", StaticFiles(directory=PAGE, html=True)))
@@ -92,6 +93,12 @@ async def metrics(request: Request) -> Response:
     return Response(summed([house.meters.text(), *others]), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
+async def not_a_socket(request: Request) -> Response:
+    """Realtime, asked for in the wrong way."""
+    told = "Realtime is spoken over a WebSocket; connect to ws://… (wss:// behind TLS) instead of http://"
+    return Refused(told, 426, "websocket_needed").response()
+
+
 async def models(request: Request) -> Response:
     """The one model there is, under all its names."""
     house = house_of(request)
@@ -112,11 +119,20 @@ def _model(house: House, name: str) -> Model:
 async def _http(request: Request, error: Exception) -> Response:
     """What the router refuses, in OpenAI's form."""
     assert isinstance(error, HTTPException)
-    message = {404: f"there is no {request.url.path}", 405: f"{request.url.path} does not take {request.method}"}
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-    return Refused(message.get(error.status_code, error.detail), error.status_code, code).response()
+    path, scope = request.url.path, request.scope
+    near = [r for r in request.app.routes if isinstance(r, Route) and r.matches(scope)[0] is Match.PARTIAL]
+    if methods := sorted({method for route in near for method in route.methods or ()}):
+        told = f"{path} does not take {request.method}; use {' or '.join(methods)}"
+        return Refused(told, 405, "method_not_allowed").response()
+    if error.status_code in (404, 405):  # of the page's files, where all other paths end
+        return _nothing(path).response()
+    return Refused(error.detail, error.status_code).response()
 
 
-def _report(warming: asyncio.Task[None]) -> None:
-    if not warming.cancelled() and (error := warming.exception()):
-        note("warming failed", error=error)
+async def not_spoken(socket: WebSocket) -> None:
+    """A WebSocket that nobody is at."""
+    raise _nothing(socket.url.path)
+
+
+def _nothing(path: str) -> Refused:
+    return Refused(f"there is no {path}; /docs lists what there is", 404, "not_found")

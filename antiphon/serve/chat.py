@@ -87,8 +87,8 @@ async def read_question(house: House, body: Mapping[str, Any], who: str) -> Ques
     """
     for name in UNSUPPORTED:
         if body.get(name) not in (None, False, 0, [], {}):
-            raise Refused(f"{name} is not supported", code="unsupported_parameter", param=name)
-    if (body.get("n") or 1) != 1:
+            raise Refused(f"{name} is not supported; leave it out", code="unsupported_parameter", param=name)
+    if body.get("n") not in (None, 1):
         raise Refused("one choice is given; leave n at 1", code="unsupported_value", param="n")
     if (body.get("response_format") or {"type": "text"})["type"] != "text":
         raise Refused("answers are text; ask for JSON by a tool", code="unsupported_value", param="response_format")
@@ -137,7 +137,8 @@ async def read_part(house: House, part: Mapping[str, Any], left: list[float]) ->
     try:
         data = base64.b64decode(part["input_audio"]["data"], validate=True)
     except (binascii.Error, ValueError):
-        raise Refused("input_audio.data is not base64", code="invalid_value", param="messages") from None
+        told = "input_audio.data is not base64; encode the bytes of the file, without a data: prefix"
+        raise Refused(told, code="invalid_value", param="messages") from None
     async with house.decoders:
         samples, rate = await asyncio.to_thread(decode, data, left[0])
     left[0] -= len(samples) / rate
@@ -172,8 +173,10 @@ def read_options(house: House, body: Mapping[str, Any], who: str, audio: bool) -
         house.check_speech("modalities")
     wanted = (body.get("audio") or {}).get("voice")
     name = wanted["id"] if isinstance(wanted, Mapping) else wanted
-    limits = (body.get("max_completion_tokens"), body.get("max_tokens"))
-    most = next((limit for limit in limits if limit is not None), None)
+    limits = {name: body[name] for name in ("max_completion_tokens", "max_tokens") if body.get(name) is not None}
+    param, most = next(iter(limits.items()), ("", None))
+    if most is not None and most < 1:
+        raise Refused(f"{param} is {most}; give at least 1", code="invalid_value", param=param)
     return Options(
         voice=house.voices.find(name, who, house.model, "audio.voice") if audio else None,
         audio=audio,

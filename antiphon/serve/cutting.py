@@ -95,6 +95,6 @@ class Cutting:
         if self._cut is not None and self._cut.item is item:
             self._cut.ms = ms
             await self.finish()
-        elif ms < left:
+        if ms < item.parts[0].ms:  # also where our clock was already at it
             await self.history.cut(item, ms)
         await self.history.happened(Truncated(id, min(ms, left)))

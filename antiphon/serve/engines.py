@@ -20,10 +20,16 @@ Load = Callable[[], Prepare]  # reads the weights, in the process that needs the
 MOST = 16  # conversations that are tried when nobody says how many
 
 
-def loaded(model: str, device: str, dtype: Dtype) -> Prepare:
-    """The weights, in a function that makes an engine of them."""
+def loaded(model: str, device: str, dtype: Dtype, window: int | None = None) -> Prepare:
+    """The weights, in a function that makes an engine of them.
+
+    Raises:
+        InputError: a window that the checkpoint has not.
+    """
     torch.set_num_threads(1)  # each lane is a thread, and small products gain nothing from more
-    return partial(prepared, load_model(model, device, dtype))
+    omni = load_model(model, device, dtype)
+    omni.session(window=window)  # what cannot be is refused before anybody is let in
+    return partial(prepared, omni)
 
 
 def prepared(model: Omni, settings: Settings, conversations: int) -> Engine:

@@ -101,7 +101,8 @@ class Gate:
         """A web page of somebody else must not speak to a server on this machine in its user's name."""
         settings, host = self.house.settings, headers.get("host", "")
         if not settings.keys and urlsplit(f"//{host}").hostname not in {*LOOPBACK, settings.host}:
-            raise Refused(f"this server does not go by the name {host!r}", 403, "unknown_host")
+            told = f"this server does not go by the name {host!r}; call it 127.0.0.1, or start it with --keys"
+            raise Refused(told, 403, "unknown_host")
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != host and origin not in settings.origins:
             raise Refused(f"pages from {origin} may not speak to this server; see --origin", 403, "unknown_origin")

@@ -72,6 +72,11 @@ class Item:
     call_id: str = ""
     text: str = ""  # the arguments of a call, or its result
 
+    @property
+    def sound_bytes(self) -> int:
+        """Of what is kept of it."""
+        return sum(len(part.sound or b"") for part in self.parts)
+
 
 @dataclass
 class Answer:
@@ -166,6 +171,13 @@ class Truncated:
 @dataclass(frozen=True)
 class Deleted:
     """An item is gone."""
+
+    item: str
+
+
+@dataclass(frozen=True)
+class Faded:
+    """The sound of an item is kept no more; its text is."""
 
     item: str
 
@@ -273,6 +285,7 @@ Happening = (
     | Finished
     | Truncated
     | Deleted
+    | Faded
     | Retrieved
     | HeardMore
     | Heard

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 from antiphon.audio import Samples
 from antiphon.engine import Call
-from antiphon.engine.engine import LIVE_WINDOW, RETENTION
+from antiphon.engine.engine import RETENTION
 from antiphon.errors import AntiphonError, InputError
 from antiphon.generate import Reply
 from antiphon.serve.background import Background
-from antiphon.serve.happenings import Added, Deleted, Finished, Happening, Item, Manner, Retrieved, Usage
+from antiphon.serve.happenings import Added, Deleted, Faded, Finished, Happening, Item, Manner, Retrieved, Usage
 from antiphon.serve.house import House, settled
 from antiphon.serve.refusals import Refused
 from antiphon.serve.retelling import retell
@@ -93,8 +93,10 @@ class History:
         """An item has its place; what it says the call is told elsewhere."""
         place = len(self.items) if place is None else place
         self.items.insert(place, item)
-        self._forget_sound()
+        faded = self._forget_sound()
         await self.happened(Added(item, self._before(item), done))
+        for older in faded:
+            await self.happened(Faded(older.id))
 
     async def finish(self, item: Item) -> None:
         """An item that was being made is whole."""
@@ -123,15 +125,17 @@ class History:
         place = self.items.index(item)
         return self.items[place - 1].id if place else None
 
-    def _forget_sound(self) -> None:
-        """Keep no more of what was said than the limit, the oldest first: the call has heard it."""
-        sizes = [(part, len(part.sound or b"")) for item in self.items[:-1] for part in item.parts]
-        over = sum(size for _, size in sizes) - self.house.settings.history_bytes
-        for part, size in sizes:
-            if over <= 0:
-                return
-            over -= size
-            part.sound = None
+    def _forget_sound(self) -> list[Item]:
+        """Keep no more sound than the limit, the oldest goes first: the call has heard it. Items that have less now."""
+        over = sum(item.sound_bytes for item in self.items[:-1]) - self.house.settings.history_bytes
+        faded = list[Item]()
+        for item in self.items[:-1]:
+            if over > 0 and item.sound_bytes:
+                over -= item.sound_bytes
+                faded.append(item)
+                for part in item.parts:
+                    part.sound = None
+        return faded
 
     # ------------------------------------------------------------------------------------------ the call
 
@@ -153,8 +157,9 @@ class History:
             if self.holds(manner):
                 return
             told, self._told, self._is_true = Told.by(manner), None, True
+            window = self.house.settings.live_window
             begun = await asyncio.to_thread(
-                self.house.engine.begun, told.instructions, told.tools, LIVE_WINDOW, told.retention
+                self.house.engine.begun, told.instructions, told.tools, window, told.retention
             )
             await settled(self.call.become(begun))
             self._read, self.is_hearing = 0, False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
@@ -13,15 +14,17 @@ from typing import Any, TypeVar
 from starlette.requests import HTTPConnection, Request
 
 from antiphon.engine import Answering, Call, Engine, Failed
-from antiphon.errors import BusyError
+from antiphon.errors import BusyError, InputError
 from antiphon.generate import Done, Event, Omni, Reply
 from antiphon.serve.kept import Remembered, Shelves, Voices
+from antiphon.serve.logs import note
 from antiphon.serve.meters import Listening, Meters
 from antiphon.serve.refusals import Refused
 from antiphon.serve.settings import Settings
 
 Made = TypeVar("Made")
 DECODERS = 2  # uploads that are decoded at once
+CLOSING = 1.0  # seconds that sessions may take to close when their answers have come to an end
 
 
 class House:
@@ -35,8 +38,10 @@ class House:
         self.decoders = asyncio.Semaphore(DECODERS)
         self.stopping = False
         self.endings = set[Callable[[], None]]()  # of Realtime sessions: asks one to come to an end
+        self.give_up: Callable[[], None] = lambda: None  # ends the process that holds it
         self.make_room: Callable[[], bool] = lambda: False  # ends what nobody waits for; whether there was something
         self._engine: Engine | None = None
+        self._failed = False
 
     @property
     def is_warm(self) -> bool:
@@ -66,9 +71,20 @@ class House:
         return code2wav.sample_rate if code2wav else 0
 
     async def warm(self) -> None:
-        """Load and warm the engine, in a thread of its own."""
-        self._engine = await asyncio.to_thread(self._prepare)
+        """Warm the engine, in a thread of its own; where that fails there is nothing to serve."""
+        try:
+            self._engine = await asyncio.to_thread(self._prepare)
+        except Exception as error:
+            note("warming failed", level=logging.ERROR, error=error)
+            self._failed = True
+            self.give_up()
+            return
         self.meters.conversations.set_function(self._held)
+
+    def check_warmed(self) -> None:
+        """Raise InputError if the engine could not be made ready."""
+        if self._failed:
+            raise InputError("the model could not be made ready; the log above says why")
 
     def _held(self) -> int:
         return sum(not call.is_aside for call in self.engine.calls)
@@ -84,7 +100,7 @@ class House:
         for end in [*self.endings]:
             end()
         with suppress(TimeoutError):
-            async with asyncio.timeout(self.settings.stop_seconds):
+            async with asyncio.timeout(self.settings.stop_seconds + CLOSING):
                 while self.endings:
                     await asyncio.sleep(0.05)
 
@@ -100,13 +116,13 @@ class House:
         Raises:
             BusyError: there is none.
         """
+        how = {"window": self.settings.window} | how
         try:
             return await asyncio.to_thread(lambda: self.engine.open(**how))
         except BusyError:
             if not self.make_room():
                 raise
-            await asyncio.sleep(0.1)  # until the engine has swept it
-            return await asyncio.to_thread(lambda: self.engine.open(**how))
+            return await asyncio.to_thread(lambda: self.engine.open(**how))  # which waits until that has left
 
     @asynccontextmanager
     async def call(self, **how: Any) -> AsyncIterator[Call]:

@@ -77,7 +77,8 @@ class Voices:
         """
         voice = self._by_id.get(id)
         if voice is None or voice.owner != who:
-            raise Refused(f"there is no uploaded voice {id!r}", 404, "voice_not_found", "voice_id")
+            told = f"there is no uploaded voice {id!r}; GET /v1/audio/voices lists those of this key"
+            raise Refused(told, 404, "voice_not_found", "voice_id")
         self._by_id.pop(id, None)
 
     def find(self, name: str | None, who: str, model: Omni, param: str) -> str | Tensor | None:

@@ -38,6 +38,15 @@ OF_AN_ANSWER = (
     *("output_modalities", "instructions", "tools", "tool_choice", "parallel_tool_calls", "max_output_tokens"),
 )
 SETTABLE = (*OF_AN_ANSWER, "truncation")
+OLD_NAMES = {  # of the protocol before it was stable: passed over, they would seem to be set
+    "modalities": "output_modalities",
+    "voice": "audio.output.voice",
+    "input_audio_format": "audio.input.format",
+    "output_audio_format": "audio.output.format",
+    "input_audio_transcription": "audio.input.transcription",
+    "turn_detection": "audio.input.turn_detection",
+    "max_response_output_tokens": "max_output_tokens",
+}
 MOST_TOKENS = 4096  # of an answer, that a client may ask for
 IDLE_MS = (1000, 300_000)
 LONGEST_RETENTION = 0.9
@@ -68,13 +77,16 @@ def merged(config: Config, update: Mapping[str, Any]) -> Config:
     """A session after an update: what is named is set, all else stays.
 
     Raises:
-        Refused: it would become a session of another kind.
+        Refused: it would become a session of another kind, or a field has its old name.
     """
     new = deepcopy(config)
     if update.get("type", config["type"]) != config["type"]:
         raise Refused(
             f"this session is of type {config['type']} and stays so", param="session.type", code="invalid_value"
         )
+    for old in OLD_NAMES.keys() & update.keys():
+        told = f"{old} is a name of an older protocol; set session.{OLD_NAMES[old]}"
+        raise Refused(told, param=f"session.{old}", code="unknown_parameter")
     if update.get("prompt") is not None:
         raise Refused("prompt is not supported; send instructions", param="session.prompt", code="unsupported_value")
     for name in SETTABLE:
@@ -234,7 +246,8 @@ def _format(form: Mapping[str, Any] | None, side: str) -> Wire:
 def _tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
     """A function as the chat template declares it."""
     if tool.get("type") != "function" or not tool.get("name"):
-        raise Refused("only tools of type function, with a name, are supported", param="session.tools")
+        told = "a tool is {type: function, name, description, parameters}, all on one level; give it these"
+        raise Refused(told, param="session.tools", code="unsupported_value")
     about = {name: tool[name] for name in ("name", "description", "parameters") if tool.get(name) is not None}
     return {"type": "function", "function": about}
 

@@ -26,13 +26,13 @@ from openai.types.realtime.conversation_created_event import Conversation
 from pydantic import BaseModel, ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from antiphon.engine.engine import LIVE_WINDOW
 from antiphon.serve.background import Background
 from antiphon.serve.happenings import (
     Added,
     Answer,
     AnswerEnded,
     Deleted,
+    Faded,
     Finished,
     Happening,
     Heard,
@@ -47,9 +47,10 @@ from antiphon.serve.logs import note
 from antiphon.serve.manners import Config, first_config, for_answer, manner_of, merged
 from antiphon.serve.refusals import Refused, refusal
 from antiphon.serve.scribe import Scribe, problem, read_item, read_items, read_sound
+from antiphon.serve.settings import Settings
 from antiphon.serve.sounds import from_wire
 from antiphon.serve.talk import Talk
-from antiphon.serve.wire import as_json, new_id, parsed, wrong_field
+from antiphon.serve.wire import as_json, new_id, parsed, shortly, wrong_field
 
 SLICE = 12000  # samples that are judged at once
 OUTBOX = 256  # events that wait for a client; then the conversation waits
@@ -96,7 +97,7 @@ class Session:
             BusyError: there is none.
         """
         manner = manner_of(self.house, self.who, self.config)
-        call = await self.house.open(window=LIVE_WINDOW)
+        call = await self.house.open(window=self.house.settings.live_window)
         self._talk = Talk(self.house, call, manner, self._happened)
         self.house.endings.add(self.ending.set)
 
@@ -134,7 +135,7 @@ class Session:
         match happening:
             case Added(item, done=True) | Finished(item):
                 await self.keep(item.id)
-            case Heard(id) | Truncated(id):
+            case Heard(id) | NotHeard(id) | Truncated(id) | Faded(id):
                 await self.keep(id)
             case Deleted():
                 await self.keep()
@@ -179,7 +180,8 @@ class Session:
         """
         kind = raw.get("type")
         if not isinstance(kind, str) or kind not in KINDS:
-            raise Refused(f"there is no event of type {kind!r}"[:200], code="unknown_event", param="type")
+            told = f"there is no event of type {shortly(kind)}; there are {', '.join(sorted(KINDS))}"
+            raise Refused(told, code="unknown_event", param="type")
         wanted = raw.get("response") or {} if kind == "response.create" else {}
         items = wanted.pop("input", None) if isinstance(wanted, dict) else None  # may hold what the types do not know
         try:
@@ -341,7 +343,8 @@ class Lobby:
 
 
 def _gone() -> Refused:
-    return Refused("there is no session to come back to", 404, "session_not_found", "session_id")
+    told = "there is no session to come back to; connect without session_id to begin one"
+    return Refused(told, 404, "session_not_found", "session_id")
 
 
 async def _report(error: Exception) -> None:
@@ -364,9 +367,9 @@ async def realtime(socket: WebSocket) -> None:
     session.free.clear()
     try:
         await socket.accept("realtime" if "realtime" in offered else None)
-        note("realtime", id=socket.state.request_id, session=session.id)
+        note("realtime", id=socket.state.request_id, session=session.id, worker=house.settings.worker)
         left = None
-        left = await converse(socket, session, house.settings.idle_seconds)
+        left = await converse(socket, session, house.settings)
     finally:
         session.free.set()
         if session.taken.is_set():
@@ -379,12 +382,12 @@ async def realtime(socket: WebSocket) -> None:
             await socket.close(*left)
 
 
-async def converse(socket: WebSocket, session: Session, idle: float) -> tuple[int, str] | None:
+async def converse(socket: WebSocket, session: Session, settings: Settings) -> tuple[int, str] | None:
     """Read and write until one side ends it: how to close, or None where the connection is gone.
 
     A client that closes in order (1000) has ended the session.
     """
-    reading = asyncio.create_task(_read(socket, session, idle))
+    reading = asyncio.create_task(_read(socket, session, settings.idle_seconds))
     writing = asyncio.create_task(_write(socket, session))
     ending, taken = (asyncio.create_task(event.wait()) for event in (session.ending, session.taken))
     tasks = (reading, writing, ending, taken)
@@ -393,7 +396,8 @@ async def converse(socket: WebSocket, session: Session, idle: float) -> tuple[in
         if writing.done():  # the client is gone; how it left is known when what it sent before has been read
             await asyncio.wait((reading,), timeout=LEAVING)
         if ending.done():
-            await session.talk.finish()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(session.talk.finish(), settings.stop_seconds)
             while not session.outbox.empty() and not writing.done():
                 await asyncio.sleep(0.01)
             return GOING_AWAY, "the server is being stopped"

@@ -13,6 +13,7 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from antiphon.engine import Engine
+from antiphon.errors import InputError
 from antiphon.serve.app import create_app
 from antiphon.serve.house import House
 from antiphon.serve.logs import note, to_standard_error
@@ -27,6 +28,7 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, house: House) -> None:
         super().__init__(config)
         self.house = house
+        house.give_up = lambda: setattr(self, "should_exit", True)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say where."""
@@ -106,7 +108,30 @@ def server_of(settings: Settings, port: int, prepare: Callable[[], Engine]) -> S
     return Server(config_of(app, port), app.state.house)
 
 
-def run(settings: Settings, port: int, prepare: Callable[[], Engine]) -> None:
-    """Serve until told to stop."""
+def place_of(settings: Settings, port: int) -> socket.socket:
+    """Where callers will come; nobody is listened to yet.
+
+    Raises:
+        InputError: it is somebody else's, or not of this machine.
+    """
+    place = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        place.bind((settings.host, port))
+    except OSError as error:
+        place.close()
+        told = f"{settings.host}:{port} cannot be had ({error.strerror}); give another --host or --port"
+        raise InputError(told) from None
+    return place
+
+
+def run(settings: Settings, place: socket.socket, prepare: Callable[[], Engine]) -> None:
+    """Serve until told to stop.
+
+    Raises:
+        InputError: the engine could not be made ready.
+    """
     to_standard_error()
-    server_of(settings, port, prepare).run()
+    server = server_of(settings, 0, prepare)
+    server.run(sockets=[place])
+    server.house.check_warmed()

@@ -30,6 +30,7 @@ from antiphon.serve.happenings import (
     Cleared,
     Committed,
     Deleted,
+    Faded,
     Finished,
     Happening,
     Heard,
@@ -87,6 +88,8 @@ class Scribe:
                 yield wire.InputAudioBufferClearedEvent(type="input_audio_buffer.cleared", event_id=_id())
             case HeardMore() | Heard() | NotHeard():
                 yield from self._heard(happening)
+            case Faded():
+                return  # the protocol has no word for it
             case Added() | Finished() | Truncated() | Deleted() | Retrieved():
                 yield from self._items(happening)
             case Problem(error):
@@ -367,8 +370,8 @@ def read_items(items: Any, form: Wire, known: Callable[[str], Item]) -> list[Ite
     return [
         known(str(item.get("id")))
         if isinstance(item, Mapping) and item.get("type") == "item_reference"
-        else read_item(checked(item, ITEM), form)
-        for item in items
+        else read_item(checked(item, ITEM, ("response", "input", str(i))), form)
+        for i, item in enumerate(items)
     ]
 
 
@@ -392,16 +395,19 @@ def read_item(item: Any, form: Wire) -> Item:
             return Item(id, "call", name=item.name, call_id=call_id, text=item.arguments)
         case wire.RealtimeConversationItemFunctionCallOutput():
             return Item(id, "result", call_id=item.call_id, text=item.output)
-    raise Refused(f"items of type {item.type} are not supported", code="unsupported_value", param="item.type")
+    told = f"items of type {item.type} are not supported; send message, function_call or function_call_output"
+    raise Refused(told, code="unsupported_value", param="item.type")
 
 
 def _read_part(content: user.Content, form: Wire) -> Part:
     if content.type == "input_text":
         return Part(content.text or "")
-    if content.type != "input_audio" or not content.audio:
-        raise Refused(
-            f"content of type {content.type} is not supported", code="unsupported_value", param="item.content"
-        )
+    if content.type != "input_audio":
+        told = f"content of type {content.type} is not supported; send input_text or input_audio"
+        raise Refused(told, code="unsupported_value", param="item.content")
+    if not content.audio:
+        told = "there is no sound in input_audio; give it as base64 in audio"
+        raise Refused(told, code="missing_required_parameter", param="item.content")
     samples = from_wire(form, read_sound(content.audio, "item.content.audio"))
     return Part(content.transcript or "", bytearray(pcm16(samples)), wire_rate(form))
 
@@ -415,4 +421,5 @@ def read_sound(text: str, param: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except ValueError:
-        raise Refused(f"{param} is not base64", code="invalid_value", param=param) from None
+        told = f"{param} is not base64; encode the bytes of the sound, without a data: prefix"
+        raise Refused(told, code="invalid_value", param=param) from None

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from antiphon.engine.engine import LIVE_WINDOW
 from antiphon.errors import InputError
 
 KEYS = "ANTIPHON_API_KEYS"  # in the environment, separated by commas or spaces
@@ -22,6 +23,7 @@ class Settings:
     host: str = "127.0.0.1"
     keys: tuple[str, ...] = ()  # who may come in; nobody is asked for one if there is none
     origins: tuple[str, ...] = ()  # of web pages elsewhere that may speak to this server
+    window: int | None = None  # seconds that AuT attends over; None: see `live_window`
     ahead: float = 2.0  # seconds that sound may be ahead of a listener in real time
     body_bytes: int = 100 << 20
     message_bytes: int = 16 << 20  # of a WebSocket; OpenAI allows 15 MiB of sound in one
@@ -48,6 +50,11 @@ class Settings:
                 f"{self.host} can be reached from elsewhere, so callers need a key: "
                 f"give --keys FILE, or set {KEYS}, or bind to 127.0.0.1"
             )
+
+    @property
+    def live_window(self) -> int:
+        """Seconds that AuT attends over where somebody waits; what comes whole is heard as the checkpoint has it."""
+        return self.window or LIVE_WINDOW
 
     @property
     def names(self) -> tuple[str, ...]:

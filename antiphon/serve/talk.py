@@ -21,7 +21,6 @@ from torch import Tensor
 
 from antiphon.audio import Samples, pcm16
 from antiphon.engine import Call
-from antiphon.engine.engine import LIVE_WINDOW
 from antiphon.errors import AntiphonError
 from antiphon.serve.answers import Answers
 from antiphon.serve.background import Background
@@ -202,11 +201,12 @@ class Talk:
                 async for delta in text:
                     await self.happened(HeardMore(item.id, delta))
             item.parts[0].text = written.text()
-            await self.happened(Heard(item.id, written.text(), written.heard, written.asked, written.said))
+            end = Heard(item.id, written.text(), written.heard, written.asked, written.said)
         except Exception as error:
-            await self.happened(NotHeard(item.id, error))
+            end = NotHeard(item.id, error)
         if not self.manner.answers:
             item.parts[0].sound = None  # nobody will hear it again
+        await self.happened(end)
 
     # ------------------------------------------------------------------------------------------- answers
 
@@ -248,9 +248,9 @@ class Talk:
             AntiphonError: the items cannot be read.
         """
         self.answers.check_free()
-        told = Told.by(manner)
+        told, window = Told.by(manner), self.house.settings.live_window
         call = await asyncio.to_thread(
-            lambda: self.house.engine.open(told.instructions, told.tools, LIVE_WINDOW, told.retention, aside=True)
+            lambda: self.house.engine.open(told.instructions, told.tools, window, told.retention, aside=True)
         )
         try:
             await retell(call, items)

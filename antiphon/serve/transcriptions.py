@@ -26,7 +26,7 @@ from antiphon.generate import Done, Reply, TextDelta
 from antiphon.serve.house import House, house_of, settled, while_connected
 from antiphon.serve.refusals import Refused
 from antiphon.serve.sounds import decode
-from antiphon.serve.wire import form_of, form_text, server_event, streamed, uploaded
+from antiphon.serve.wire import form_flag, form_of, form_text, server_event, streamed, uploaded
 from antiphon.transcripts import (
     FORMATS,
     HEARD,
@@ -75,15 +75,16 @@ class Written:
 async def transcriptions(request: Request) -> Response:
     """The endpoint."""
     house, form = house_of(request), await form_of(request)
-    response_format, stream = form_text(form, "response_format") or "json", form_text(form, "stream") == "true"
+    response_format, stream = form_text(form, "response_format") or "json", form_flag(form, "stream")
     if response_format not in FORMS:
         raise Refused(
             f"there is no format {response_format!r}; there are {', '.join(FORMS)}",
             param="response_format",
             code="unsupported_value",
         )
-    if "word" in form.getlist("timestamp_granularities[]"):
-        raise Refused("the model names no times of words", param="timestamp_granularities", code="unsupported_value")
+    if {*form.getlist("timestamp_granularities[]")} - {"segment"}:
+        told = "the model names no times of words; ask for segment"
+        raise Refused(told, param="timestamp_granularities", code="unsupported_value")
     house.check_model(form_text(form, "model") or None)
     recording = await read_recording(house, form)
     if stream:

@@ -35,10 +35,11 @@ from antiphon.serve.run import Server, config_of
 from antiphon.serve.settings import Settings
 
 SPAWN = multiprocessing.get_context("spawn")  # a fork would copy threads in the middle of what they do
+WAITING = 2048  # callers who have not been looked at
 LINE = 2048  # bytes of a request's first line that are looked at
 REPORTS = 0.1  # seconds between two of a worker's words about its room
 COUNTS = 1.0  # and between what it has counted
-HOLDER = re.compile(rb"^GET /v1/realtime\?(?:[^ ]*&)?session_id=sess_([a-z0-9]+)_")
+RETURNS = re.compile(rb"^GET /v1/realtime\?(?:[^ ]*&)?session_id=(\w{1,100})[& ]")
 
 
 @contextlib.contextmanager
@@ -114,7 +115,9 @@ def work(settings: Settings, load: Load, most: int, shelves: Shelves, door: sock
     """A worker's process."""
     to_standard_error()
     try:
-        Fed(settings, load(), most, shelves, door).run()
+        server = Fed(settings, load(), most, shelves, door)
+        server.run()
+        server.house.check_warmed()
     except AntiphonError as error:
         note("failed", error=error)
         sys.exit(1)
@@ -300,11 +303,16 @@ class Doorkeeper:
                 async with asyncio.timeout(self.settings.head_seconds):
                     line = await first_line(connection)
                 if line:
-                    self._hand_over(connection, line)
+                    self._hand_over(connection, await asyncio.to_thread(self._holder, line))
 
-    def _hand_over(self, connection: socket.socket, line: bytes) -> None:
-        holder = HOLDER.match(line)
-        held = [w for w in self.workers if holder and w.name == holder[1].decode()]
+    def _holder(self, line: bytes) -> str | None:
+        """Who holds the session that a client comes back to, if that is what it does."""
+        returns = RETURNS.match(line)
+        saved = (self.shelves.sessions or {}).get(returns[1].decode()) if returns else None
+        return saved.worker if saved is not None else None
+
+    def _hand_over(self, connection: socket.socket, holder: str | None) -> None:
+        held = [worker for worker in self.workers if worker.name == holder]
         others = sorted((w for w in self.workers if not w.is_leaving), key=lambda w: -w.free)
         for worker in (*held, *others):
             if worker.give(connection):
@@ -338,17 +346,13 @@ def _end(process: SpawnProcess, seconds: float) -> None:
         process.join()
 
 
-def run_workers(settings: Settings, port: int, load: Load, count: int, most: int) -> None:
+def run_workers(settings: Settings, listener: socket.socket, load: Load, count: int, most: int) -> None:
     """Serve by several processes until told to stop.
 
     Raises:
-        InputError: the address cannot be listened on, or a worker could not be made ready.
+        InputError: a worker could not be made ready.
     """
     to_standard_error()
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    try:
-        listener = socket.create_server((settings.host, port), family=family)
-    except OSError as error:
-        raise InputError(f"{settings.host}:{port} cannot be had ({error.strerror}); give another --port") from None
+    listener.listen(WAITING)
     with shared_shelves() as shelves:
         asyncio.run(Doorkeeper(settings, load, count, most, listener, shelves).run())

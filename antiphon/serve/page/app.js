@@ -152,6 +152,7 @@ $("talk").addEventListener("pointerdown", (event) => {
 for (const end of ["pointerup", "pointercancel"]) $("talk").addEventListener(end, () => $("push").checked && release());
 $("push").addEventListener("change", () => {
   closeMicrophone();
+  if ($("push").checked) $("talk").focus(); // where the space bar talks: here it would undo the choice
   talk.update({ vad: detection() });
 });
 $("ends").addEventListener("change", () => talk.update({ vad: detection() }));
