@@ -579,6 +579,26 @@ def test_the_learning_rate_of_a_step_is_the_one_used(whole):
     assert (run.weights[bias] - before[bias]).detach().abs() == pytest.approx(learning_rate(PLAN, 0), rel=1e-3)
 
 
+def test_the_pace_of_steps_is_logged_and_told(tmp_path, capsys):
+    """Two batches of two seconds to a step, which fill twelve of sixteen places each."""
+    recipe = replace(TINY, optimization=replace(PLAN, accumulate=2))
+    train(TinyStage(recipe), recipe, tmp_path)
+    paces = [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines() if "steps/s" in line]
+    assert [line["step"] for line in paces] == list(range(4, 61, 4))
+    assert {line["padding"] for line in paces} == {0.25}
+    assert all(line["sound/s"] == pytest.approx(4 * line["steps/s"], rel=1e-3) for line in paces)
+    assert "s of sound a second, 25.0% padding" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_batch_of_clips_is_as_large_as_they_are_together(tones):
+    stage = aut_stage(tones, aut_recipe())
+    clips = [stage.read(example) for example in stage.mix.examples[::4]]
+    frames = [len(mel) for mel, _ in clips]
+    assert len(set(frames)) > 1
+    size = stage.size(stage.collate(clips, 1))
+    assert size == Size(sum(frames) / 100, sum(frames), len(frames) * max(frames))
+
+
 def test_averaged_weights_are_validated_and_kept(tmp_path):
     stage = TinyStage(TINY)
     run, averages = Run(stage, TINY, tmp_path), dict[str, Tensor]()

@@ -4,6 +4,7 @@ The tests marked `scale` start real processes through torchrun (make scale); the
 """
 
 import errno
+import json
 import os
 import random
 import resource
@@ -489,6 +490,9 @@ def test_every_stage_and_every_recipe_of_the_released_size_runs_in_two_processes
         assert steps_of(folder) == ["00000002"], run["name"]
         assert (folder / BEST).exists(), run["name"]
         assert all(t.isfinite().all() for t in state_in(folder).values()), run["name"]
+        pace = json.loads((folder / LOG).read_text().splitlines()[-1])
+        assert pace["sound/s"] > pace["steps/s"], run["name"]  # batches are of seconds
+        assert 0 <= pace["padding"] < 0.5, run["name"]
     best = {name: read_safetensors(tmp_path / "runs/two" / name / BEST) for name in ("aut", "base", "adapter")}
     begun = {n: t for n, t in best["base"].items() if n.startswith("thinker.")}
     begun |= {n: t for n, t in best["aut"].items() if n.startswith("aut.")}
