@@ -206,6 +206,7 @@ def test_an_update_under_load_drops_no_conversation():
         stack.callback(is_over.set)  # before the threads are waited for, whatever fails
         update = subprocess.Popen([*command, "--alias", "tiny-2"], env=env)
         stack.callback(update.kill)
+        until(lambda: len(replicas(head)) == 4, 2 * PATIENCE)
         until(lambda: states(address, env) == {"RUNNING": 2, "STOPPING": 2}, 2 * PATIENCE)
         assert not {holder(server) for _ in range(4)} & old
         time.sleep(1.5 * GRACE)
