@@ -32,7 +32,7 @@ CLIPS = int(os.environ.get("ANTIPHON_SCALE_CLIPS", 2000))
 SEED = int(os.environ.get("ANTIPHON_SCALE_SEED", time.time_ns() % 1_000_000))
 BROKEN, TWICE = 0.03, 0.01  # shares of the clips
 KILLS = ("driver", "driver", "worker", "worker", "worker")
-SPAN = max(1, CLIPS // BLOCK_ITEMS // (len(KILLS) + 2))  # blocks that are finished between two kills, at most
+SPAN = max(1, CLIPS // BLOCK_ITEMS // (len(KILLS) + 4))  # blocks that are finished between two kills, at most
 DEADLINE = 3600.0  # seconds without any progress
 Clip = tuple[str, bytes]  # name, encoded
 
@@ -138,26 +138,32 @@ def wait(until, what: str) -> None:
 def kill_while_running(sources: Sequence[str], out: Path, rng: np.random.Generator) -> list[str]:
     """Run to the end, with `KILLS` in some order after some blocks each; what was killed, and when."""
     told, running = list[str](), begin(sources, out, 2)
-    for victim in rng.permutation(KILLS):
-        due = finished(out) + int(rng.integers(0, SPAN)) + 1
-        wait(lambda due=due, running=running: finished(out) >= due or running.poll() is not None, "progress")
-        time.sleep(float(rng.uniform(0, 2)))
-        assert running.poll() is None, f"over before it was killed often enough: {logged(out)}"
-        told.append(f"{victim} after {finished(out)} blocks")
-        if victim == "worker":
-            wait(lambda: any("Labeller" in name for _, name in below(running.pid)), "a worker")  # noqa: B023
-            workers = [pid for pid, name in below(running.pid) if "Labeller" in name]
-            os.kill(int(rng.choice(workers)), signal.SIGKILL)
-            continue
-        family = [pid for pid, _ in below(running.pid)]
-        os.kill(running.pid, signal.SIGKILL)
-        running.wait()
-        wait(
-            lambda family=family: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in family), "the end of workers"
-        )
-        running = begin(sources, out, 2)
-    assert running.wait(DEADLINE) == 0, logged(out)
-    return told
+    try:
+        for victim in rng.permutation(KILLS):
+            due = finished(out) + int(rng.integers(0, SPAN)) + 1
+            wait(lambda due=due, running=running: finished(out) >= due or running.poll() is not None, "progress")
+            time.sleep(float(rng.uniform(0, 2)))
+            assert running.poll() is None, f"over before it was killed often enough: {logged(out)}"
+            told.append(f"{victim} after {finished(out)} blocks")
+            if victim == "worker":
+                workers = list[int]()
+                while not workers:
+                    assert running.poll() is None, f"over before it was killed often enough: {logged(out)}"
+                    workers = [pid for pid, name in below(running.pid) if "Labeller" in name]
+                os.kill(int(rng.choice(workers)), signal.SIGKILL)
+                continue
+            family = [pid for pid, _ in below(running.pid)]
+            os.kill(running.pid, signal.SIGKILL)
+            running.wait()
+            wait(
+                lambda family=family: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in family),
+                "the end of workers",
+            )
+            running = begin(sources, out, 2)
+        assert running.wait(DEADLINE) == 0, logged(out)
+        return told
+    finally:
+        running.kill()  # its workers end with it
 
 
 # ---------------------------------------------------------------------------------------------------- the proof

@@ -1,5 +1,6 @@
 """Replicas on a Ray cluster of this machine: conversations are spread, and one of them may be killed."""
 
+import ast
 import base64
 import json
 import os
@@ -10,7 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor as Threads
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,16 +23,21 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from tests.realtime_line import Line, line, text_of
 from tests.serving import Served, tiny, until
-from tests.test_serve_workers import QUESTION, back, free_port
+from tests.test_scale_kills import below
+from tests.test_serve_workers import back, free_port
 
 pytestmark = pytest.mark.scale
 CONVERSATIONS = 6
+QUESTION = "What is one hundred and twenty three plus four hundred and fifty six?"  # its answer takes seconds
 FRAME, BUFFER = 0.08, 0.08  # seconds of a packet, and that a player holds back
+PAUSE = 2.0  # seconds between two turns
+GRACE = 20.0  # seconds that Ray Serve would let an old replica go on if it were told nothing
+PATIENCE = 300.0  # seconds for what takes one or two when the machine is idle
 
 
 @contextmanager
-def cluster(folder: Path, *options: str) -> Iterator[Served]:
-    """`antiphon serve --ray local`, once all of its replicas are ready."""
+def cluster(folder: Path, *options: str) -> Iterator[tuple[int, Served]]:
+    """`antiphon serve --ray local`, once all of its replicas are ready, and its process."""
     port = free_port()
     command = [sys.executable, "-c", "from antiphon.cli import main; main()", "serve", "--port", str(port)]
     log = folder / "log"
@@ -42,17 +49,28 @@ def cluster(folder: Path, *options: str) -> Iterator[Served]:
         return "is ready at" in log.read_text()
 
     try:
-        until(is_ready, 240)
-        yield Served(f"127.0.0.1:{port}", None, lambda: None)  # type: ignore[arg-type]
+        until(is_ready, 2 * PATIENCE)
+        yield process.pid, Served(f"127.0.0.1:{port}", None, lambda: None)  # type: ignore[arg-type]
     finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(90)
+        end(process, signal.SIGINT)
 
 
-def replicas() -> list[int]:
-    """Their processes."""
-    titles = {path.parent.name: path.read_text() for path in Path("/proc").glob("[0-9]*/comm")}
-    return [int(pid) for pid, title in titles.items() if title.startswith("ray::ServeRepl")]
+def end(process: subprocess.Popen[Any], how: signal.Signals) -> None:
+    """End a process, and whatever it leaves behind."""
+    family = [pid for pid, _ in below(process.pid)]
+    process.send_signal(how)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(PATIENCE)
+    process.kill()
+    process.wait()
+    for pid in family:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def replicas(of: int) -> set[int]:
+    """The replicas' processes of a cluster that a process began."""
+    return {pid for pid, title in below(of) if title.startswith("ray::ServeReplica")}
 
 
 @dataclass
@@ -64,9 +82,18 @@ class Heard:
     was_cut: bool = False
 
     @property
-    def late(self) -> int:
-        """Packets that a player would have missed."""
-        return sum(at > self.came[0] + BUFFER + i * FRAME for i, at in enumerate(self.came))
+    def rtf(self) -> float:
+        """Seconds that a second of the answer took."""
+        return (self.came[-1] - self.came[0]) / (len(self.came) - 1) / FRAME
+
+    def late(self, since: float) -> int:
+        """Packets after that moment that a player had to wait for; it begins a buffer after the first."""
+        due, late = self.came[0] + BUFFER, 0
+        for at in self.came[1:]:
+            due += FRAME
+            late += at > max(due, since)
+            due = max(due, at)
+        return late
 
 
 def turn(c: Line, heard: Heard) -> None:
@@ -74,17 +101,19 @@ def turn(c: Line, heard: Heard) -> None:
     try:
         c.say(QUESTION)
         c.send("response.create", response={"max_output_tokens": 60})
-        while (event := c.next())["type"] != "response.done":
+        told = [c.next(PATIENCE)]
+        while told[-1]["type"] != "response.done":
+            told.append(event := c.next(PATIENCE))
             if event["type"] == "response.output_audio.delta":
                 heard.came += [time.monotonic()] * round(len(base64.b64decode(event["delta"])) / 3840)
-        heard.text = text_of(c.events[-200:])
+        heard.text = text_of(told)
     except ConnectionClosed:
         heard.was_cut = True
 
 
 def come_back(server: Served, who: dict[str, str], stack: ExitStack) -> Line:
     """As a client does it: again until it is let in."""
-    end = time.monotonic() + 40
+    end = time.monotonic() + PATIENCE
     while True:
         try:
             return stack.enter_context(line(server, None, True, **who))
@@ -94,83 +123,108 @@ def come_back(server: Served, who: dict[str, str], stack: ExitStack) -> Line:
 
 
 def test_a_killed_replicas_conversations_go_on_and_the_others_notice_nothing(tmp_path):
-    with (
-        cluster(tmp_path, "--replicas", "2", "--cpus", "1", "--conversations", str(CONVERSATIONS)) as server,
-        ExitStack() as stack,
-    ):
+    options = ("--replicas", "2", "--cpus", "1", "--conversations", str(CONVERSATIONS))
+    with cluster(tmp_path, *options) as (process, server), Threads(CONVERSATIONS) as threads, ExitStack() as stack:
         lines = [stack.enter_context(line(server)) for _ in range(CONVERSATIONS)]
         holders = [c.events[0]["session"]["id"].split("_")[1] for c in lines]
         assert sorted(holders.count(name) for name in set(holders)) == [CONVERSATIONS // 2] * 2
-        first = [Heard() for _ in lines]
-        for c, heard in zip(lines, first, strict=True):
-            turn(c, heard)
+        first, second = [Heard() for _ in lines], [Heard() for _ in lines]
+        for one in [threads.submit(turn, *pair) for pair in zip(lines, first, strict=True)]:
+            one.result()
         assert len({heard.text for heard in first}) == 1
-        second = [Heard() for _ in lines]
-        threads = [threading.Thread(target=turn, args=pair) for pair in zip(lines, second, strict=True)]
-        for thread in threads:
-            thread.start()
-        until(lambda: all(heard.came for heard in second))
-        os.kill(replicas()[0], signal.SIGKILL)
-        for thread in threads:
-            thread.join(60)
+        victim = min(replicas(process))
+        turns = [threads.submit(turn, *pair) for pair in zip(lines, second, strict=True)]
+        until(lambda: all(len(heard.came) > 2 for heard in second), PATIENCE)
+        killed = time.monotonic()
+        os.kill(victim, signal.SIGKILL)
+        for one in turns:
+            one.result()
         cut = [i for i, heard in enumerate(second) if heard.was_cut]
         assert len(cut) == CONVERSATIONS // 2
         assert len({holders[i] for i in cut}) == 1
-        assert [heard.late for heard in second if not heard.was_cut] == [0] * (CONVERSATIONS - len(cut))
+        others = [heard for heard in second if not heard.was_cut]
+        assert len({heard.text for heard in others}) == 1
+        late = sum(heard.late(killed) for heard in others)
+        slowest = max(heard.rtf for heard in first)  # before anything was killed
+        print(f"{late} of {sum(len(h.came) for h in others)} packets late after the kill, RTF {slowest:.2f} before")
+        assert not late or slowest > 0.5, "late, on a machine that has room"
         for i in cut:
             c = come_back(server, back(lines[i]), stack)
-            again = Heard()
-            turn(c, again)
+            turn(c, again := Heard())
             assert again.text == expected(first[i].text)  # the question that was cut off was kept, its answer was not
 
 
 @contextmanager
-def machines(env: dict[str, str]) -> Iterator[str]:
-    """A cluster that outlives who deploys on it: its address."""
+def machines(env: dict[str, str]) -> Iterator[tuple[int, str]]:
+    """A cluster that outlives who deploys on it: its process, and its address."""
     port = free_port()
     start = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=8"]
     more = ["--include-dashboard=false", "--object-store-memory=200000000", "--disable-usage-stats"]
-    with subprocess.Popen(
-        [*start, *more], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
-    ) as head:
+    how: dict[str, Any] = {"stderr": subprocess.DEVNULL, "text": True, "env": env}
+    with subprocess.Popen([*start, *more], stdout=subprocess.PIPE, **how) as head:
         assert head.stdout is not None
         try:
             assert any("Ray runtime started" in told for told in head.stdout)
-            yield f"127.0.0.1:{port}"
+            yield head.pid, f"127.0.0.1:{port}"
         finally:
-            head.terminate()
+            end(head, signal.SIGKILL)  # it keeps nothing
+
+
+def states(address: str, env: dict[str, str]) -> dict[str, int]:
+    """How many replicas are in which state, by Ray Serve's word."""
+    code = (
+        "import sys, ray; from ray import serve; ray.init(sys.argv[1], log_to_driver=False);"
+        "print(dict(serve.status().applications['antiphon'].deployments['antiphon'].replica_states))"
+    )
+    told = subprocess.run([sys.executable, "-c", code, address], env=env, check=True, capture_output=True, text=True)
+    return ast.literal_eval(told.stdout.splitlines()[-1])
 
 
 def test_an_update_under_load_drops_no_conversation():
-    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
-    with machines(env) as address, ExitStack() as stack:
+    """New callers come to new replicas; whoever was there goes on talking to the old ones, which end after that."""
+    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_worker_niceness": "0"}
+    with machines(env) as (head, address), Threads(4) as threads, ExitStack() as stack:
         port = free_port()
         server = Served(f"127.0.0.1:{port}", None, lambda: None)  # type: ignore[arg-type]
         command = [sys.executable, "-c", "from antiphon.cli import main; main()", "serve", "--port", str(port)]
         command += ["--ray", address, "--replicas", "2", "--cpus", "1", "--conversations", "4"]
-        how: dict[str, Any] = {"check": True, "timeout": 240, "env": env}
-        subprocess.run(command, **how)
+        subprocess.run(command, check=True, timeout=2 * PATIENCE, env=env)
         lines = [stack.enter_context(line(server)) for _ in range(4)]
         old = {c.events[0]["session"]["id"].split("_")[1] for c in lines}
-        assert len(old) == 2
-        heard: list[Heard] = []
+        before = replicas(head)
+        assert len(old) == len(before) == 2
+        heard: list[list[Heard]] = [[] for _ in lines]
+        is_over = threading.Event()
 
-        def talk(c: Line) -> None:
-            while not is_new.is_set() or len(heard) < 2 * len(lines):
-                turn(c, one := Heard())
-                heard.append(one)
+        def talk(c: Line, own: list[Heard]) -> None:
+            while not is_over.is_set():
+                own.append(one := Heard())
+                turn(c, one)
+                time.sleep(PAUSE)
 
-        is_new = threading.Event()
-        threads = [threading.Thread(target=talk, args=(c,)) for c in lines]
-        for thread in threads:
-            thread.start()
-        subprocess.run([*command, "--alias", "tiny-2"], **how)
-        until(lambda: holder(server) not in old, 60)
-        is_new.set()
-        for thread in threads:
-            thread.join(120)
-        assert not [one for one in heard if one.was_cut]
-        assert all(one.text for one in heard)
+        talks = [threads.submit(talk, *pair) for pair in zip(lines, heard, strict=True)]
+        stack.callback(is_over.set)  # before the threads are waited for, whatever fails
+        update = subprocess.Popen([*command, "--alias", "tiny-2"], env=env)
+        stack.callback(update.kill)
+        until(lambda: len(replicas(head)) == 4, 2 * PATIENCE)
+        until(lambda: states(address, env) == {"RUNNING": 2, "STOPPING": 2}, 2 * PATIENCE)
+        assert not {holder(server) for _ in range(4)} & old
+        time.sleep(1.5 * GRACE)
+        told = [len(own) for own in heard]
+        until(lambda: all(len(own) > n + 1 for own, n in zip(heard, told, strict=True)), PATIENCE)
+        assert before <= replicas(head)
+        assert update.poll() is None  # it ends with the old replicas
+        is_over.set()
+        for one in talks:
+            one.result()
+        for c in lines:
+            c.socket.close(1000)
+        assert update.wait(PATIENCE) == 0
+        assert not before & replicas(head)
+        assert states(address, env) == {"RUNNING": 2}
+        assert not any(one.was_cut for own in heard for one in own)
+        assert len({one.text for own in heard for one in own[:1]}) == 1
+        assert all(one.text and one.came for own in heard for one in own)
 
 
 def holder(server: Served) -> str:

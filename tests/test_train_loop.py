@@ -25,7 +25,7 @@ from antiphon.errors import ConfigError, InputError, WeightsError
 from antiphon.files import read_metadata, read_safetensors, write_safetensors
 from antiphon.train.data import Example, Kept, Mix, read_examples
 from antiphon.train.keep import keep, put_back
-from antiphon.train.loop import BEST, LOG, STATE, Figures, Loss, Run, learning_rate, train
+from antiphon.train.loop import BEST, LOG, STATE, Figures, Loss, Run, Size, learning_rate, train
 from antiphon.train.recipe import Data, Optimization, Recipe, Source, read_recipe
 from antiphon.train.text import fill_ids, train_tokenizer, transcript, write_config
 
@@ -67,6 +67,9 @@ class TinyStage:
     def counts(self, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
         return {}
 
+    def size(self, batch: tuple[Tensor, Tensor]) -> Size:
+        return Size(2.0, 12, 16)
+
     def loss(self, player: str, batch: tuple[Tensor, Tensor], step: int) -> Loss:
         x, wanted = batch
         if player == "judge":
@@ -97,7 +100,7 @@ class TinyStage:
 def lines(folder: Path) -> list[dict[str, Any]]:
     """The log, without what differs from machine to machine."""
     found = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "steps/s"} for line in found]
+    return [{k: v for k, v in line.items() if k not in ("steps/s", "sound/s", "padding")} for line in found]
 
 
 @pytest.fixture(scope="module")
@@ -574,6 +577,26 @@ def test_the_learning_rate_of_a_step_is_the_one_used(whole):
     run.advance(stage.batch(0))
     bias = "maker.0.bias"  # not decayed: the first step of Adam is as long as the learning rate
     assert (run.weights[bias] - before[bias]).detach().abs() == pytest.approx(learning_rate(PLAN, 0), rel=1e-3)
+
+
+def test_the_pace_of_steps_is_logged_and_told(tmp_path, capsys):
+    """Two batches of two seconds to a step, which fill twelve of sixteen places each."""
+    recipe = replace(TINY, optimization=replace(PLAN, accumulate=2))
+    train(TinyStage(recipe), recipe, tmp_path)
+    paces = [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines() if "steps/s" in line]
+    assert [line["step"] for line in paces] == list(range(4, 61, 4))
+    assert {line["padding"] for line in paces} == {0.25}
+    assert all(line["sound/s"] == pytest.approx(4 * line["steps/s"], rel=1e-3) for line in paces)
+    assert "s of sound a second, 25.0% padding" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_batch_of_clips_is_as_large_as_they_are_together(tones):
+    stage = aut_stage(tones, aut_recipe())
+    clips = [stage.read(example) for example in stage.mix.examples[::4]]
+    frames = [len(mel) for mel, _ in clips]
+    assert len(set(frames)) > 1
+    size = stage.size(stage.collate(clips, 1))
+    assert size == Size(sum(frames) / 100, sum(frames), len(frames) * max(frames))
 
 
 def test_averaged_weights_are_validated_and_kept(tmp_path):

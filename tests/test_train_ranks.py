@@ -4,6 +4,7 @@ The tests marked `scale` start real processes through torchrun (make scale); the
 """
 
 import errno
+import json
 import os
 import random
 import resource
@@ -33,7 +34,7 @@ from antiphon.train import ranks
 from antiphon.train.checkpoints import FOLDER, Checkpoints
 from antiphon.train.corpus import make_corpus
 from antiphon.train.data import READ
-from antiphon.train.loop import BEST, LOG, STATE, Run, sum_of, train
+from antiphon.train.loop import BEST, LOG, STATE, Run, asked_to_stop, sum_of, train
 from antiphon.train.price import price
 from antiphon.train.recipe import Devices, Recipe
 from antiphon.train.run import STAGES, read_course
@@ -302,18 +303,28 @@ def test_a_full_disk_is_one_sentence_and_the_state_before_stays(tmp_path):
     assert torch.equal(read["a"], torch.ones(10))
 
 
-def test_sigterm_ends_a_run_after_its_step_with_the_state_on_disk(alone, tmp_path):
+@pytest.mark.parametrize("told_at", [17, 59])
+def test_sigterm_ends_a_run_after_its_step_with_the_state_on_disk(alone, tmp_path, told_at):
+    """Also in the last step: a course has other recipes after this one."""
+
     def tell(step: int) -> None:
-        if step == 17:
+        if step == told_at:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(SystemExit) as ended:
         train(TinyStage(TINY, tell), TINY, tmp_path, quiet=True)
     assert ended.value.code == 128 + signal.SIGTERM
-    assert lines(tmp_path)[-1]["step"] == 16
-    assert state_of(tmp_path)["step"] == 18
+    assert state_of(tmp_path)["step"] == told_at + 1
     train(TinyStage(TINY), TINY, tmp_path, quiet=True)
+    assert [line["step"] for line in lines(tmp_path)] == [line["step"] for line in lines(alone)]
     assert not same_bits(state_in(alone), state_in(tmp_path))
+
+
+def test_sigterm_that_comes_after_the_last_step_is_not_forgotten():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit), asked_to_stop():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_processes_that_cannot_share_out_a_step_are_told(monkeypatch, tmp_path):
@@ -347,12 +358,20 @@ def test_one_process_and_two_come_to_the_same_weights(tones):
     assert len(kept) > 0.9 * len(one)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tones: Path) -> Path:
+    """The run of two processes that nobody stopped."""
+    runs = beside(tones, "undisturbed")
+    status, said = finish(launch(tones, tones / "course/aut.yaml", runs, 2), runs)
+    assert status == 0, said
+    return runs / "course/aut"
+
+
 @pytest.mark.scale
-def test_any_process_killed_at_a_random_step_and_all_started_again_end_with_the_same_bits(tones):
-    whole, killed = beside(tones, "whole"), beside(tones, "killed")
-    assert finish(launch(tones, tones / "course/aut.yaml", whole, 2), whole)[0] == 0
+def test_any_process_killed_at_a_random_step_and_all_started_again_end_with_the_same_bits(tones, undisturbed):
+    killed = beside(tones, "killed")
     process, log = launch(tones, tones / "course/aut.yaml", killed, 2, restarts=2), killed / "course/aut" / LOG
-    for step in sorted(random.SystemRandom().sample(range(2, 20), 2)):
+    for step in sorted(random.SystemRandom().sample(range(2, 15), 2)):  # not so late that it might be over
         wait_for(log, step, process)
         victim = random.SystemRandom().choice(workers(process))
         print(f"killed process {victim} after step {step}")
@@ -361,9 +380,31 @@ def test_any_process_killed_at_a_random_step_and_all_started_again_end_with_the_
             time.sleep(0.02)
     status, said = finish(process, killed)
     assert status == 0, said
-    assert not same_bits(*(state_in(path / "course/aut") for path in (whole, killed)))
-    assert not same_bits(*(read_safetensors(path / "course/aut" / BEST) for path in (whole, killed)))
+    assert not same_bits(*(state_in(path) for path in (undisturbed, killed / "course/aut")))
+    assert not same_bits(*(read_safetensors(path / BEST) for path in (undisturbed, killed / "course/aut")))
     assert [line["step"] for line in lines(killed / "course/aut")] == list(range(1, 21))
+
+
+@pytest.mark.scale
+def test_sigterm_to_torchrun_ends_all_processes_with_the_state_on_disk(tones, undisturbed):
+    """At a random step of a course's first recipe; the same command goes on."""
+    (tones / "course/order.yaml").write_text("train: [aut, second]")
+    (tones / "course/second.yaml").write_text((tones / "course/aut.yaml").read_text())
+    stopped = beside(tones, "stopped")
+    process, step = launch(tones, tones / "course", stopped, 2), random.SystemRandom().randrange(2, 12)
+    wait_for(stopped / "course/aut" / LOG, step, process)
+    print(f"stopped after step {step}")
+    process.terminate()
+    status, said = finish(process, stopped)
+    assert status != 0
+    assert "closing signal SIGTERM" in said
+    assert "forcefully" not in said, said  # each ended by itself
+    assert not (stopped / "course/second").exists()
+    assert int(steps_of(stopped / "course/aut")[-1]) >= step
+    status, said = finish(launch(tones, tones / "course/aut.yaml", stopped, 2), stopped)
+    assert status == 0, said
+    assert not same_bits(*(state_in(path) for path in (undisturbed, stopped / "course/aut")))
+    assert [line["step"] for line in lines(stopped / "course/aut")] == list(range(1, 21))
 
 
 @pytest.mark.scale
@@ -449,6 +490,9 @@ def test_every_stage_and_every_recipe_of_the_released_size_runs_in_two_processes
         assert steps_of(folder) == ["00000002"], run["name"]
         assert (folder / BEST).exists(), run["name"]
         assert all(t.isfinite().all() for t in state_in(folder).values()), run["name"]
+        pace = json.loads((folder / LOG).read_text().splitlines()[-1])
+        assert pace["sound/s"] > pace["steps/s"], run["name"]  # batches are of seconds
+        assert 0 <= pace["padding"] < 0.5, run["name"]
     best = {name: read_safetensors(tmp_path / "runs/two" / name / BEST) for name in ("aut", "base", "adapter")}
     begun = {n: t for n, t in best["base"].items() if n.startswith("thinker.")}
     begun |= {n: t for n, t in best["aut"].items() if n.startswith("aut.")}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, replace
@@ -225,6 +226,7 @@ def run_ray(settings: Settings, port: int, load: Load, conversations: int, clust
     Where the cluster serves already, what it serves is replaced, replica by replica, while conversations go on.
     """
     is_local = cluster.address == "local"
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 gives way to everybody, and sound has to come in time
     ray.init(cluster.address, include_dashboard=False, namespace=APP)
     lasting = {} if is_local else {"name": "shelves", "get_if_exists": True, "lifetime": "detached"}
     try:

@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import reduce
@@ -37,7 +37,7 @@ from antiphon.train.checkpoints import BEST, STATE, Checkpoints, check_fit, writ
 from antiphon.train.lora import adapt, merged
 from antiphon.train.recipe import Optimization, Recipe
 
-__all__ = ["BEST", "LOG", "STATE", "Figures", "Loss", "Run", "Stage", "sum_of", "train"]
+__all__ = ["BEST", "LOG", "STATE", "Figures", "Loss", "Run", "Size", "Stage", "sum_of", "train"]
 
 AHEAD = 4  # batches prepared while the current one is used
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's memory of a parameter
@@ -48,6 +48,8 @@ COLUMNS = (  # what a bar shows
     TimeElapsedColumn(),
     TimeRemainingColumn(),
 )
+STOPPED = 128 + signal.SIGTERM  # exit status
+PACE = "{steps/s:.3g} steps and {sound/s:.4g} s of sound a second, {padding:.1%} padding"
 LOG = "log.jsonl"  # one line of figures per step that had any
 Figures = dict[str, float]
 
@@ -67,6 +69,44 @@ class Loss:
     def of(cls, parts: dict[str, Tensor], figures: Mapping[str, Tensor]) -> Loss:
         """The sum of means, each over what `Stage.counts` says of it."""
         return cls(sum_of(parts), {name: value.detach() for name, value in figures.items()}, parts)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is in a batch."""
+
+    seconds: float = 0.0  # of sound that is heard or said
+    filled: int = 0  # of what the stage's sequences are made of: frames, tokens
+    places: int = 0  # for these, padding with them
+
+    @classmethod
+    def of_clips(cls, mel: Tensor, frames: Tensor, rate: int) -> Size:
+        """Of log-mels [B, T, F] of so many frames [B] each."""
+        return cls(float(frames.sum()) / rate, int(frames.sum()), mel.shape[0] * mel.shape[1])
+
+    def __add__(self, other: Size) -> Size:
+        return Size(self.seconds + other.seconds, self.filled + other.filled, self.places + other.places)
+
+
+class Pace:
+    """How fast steps are taken; validating, showing and saving are not in it."""
+
+    def __init__(self) -> None:
+        self.steps, self.seconds, self.size = 0, 0.0, Size()
+
+    def add(self, seconds: float, sizes: Sequence[Size]) -> None:
+        """A step that this process has taken."""
+        self.steps, self.seconds = self.steps + 1, self.seconds + seconds
+        self.size = reduce(add, sizes, self.size)
+
+    def figures(self) -> Figures:
+        """Steps and seconds of sound a second, of all processes, and the share of places that are padding."""
+        sound, filled, places = ranks.summed([self.size.seconds, self.size.filled, self.size.places])
+        return {
+            "steps/s": self.steps / self.seconds,
+            "sound/s": sound / self.seconds,
+            "padding": 1 - filled / places if places else 0.0,
+        }
 
 
 def sum_of(parts: Mapping[str, Tensor]) -> Tensor:
@@ -98,6 +138,10 @@ class Stage(Protocol):
         """
         ...
 
+    def size(self, batch: Any) -> Size:
+        """How much is in a batch."""
+        ...
+
     def loss(self, player: str, batch: Any, step: int) -> Loss:
         """The loss of one player; players take turns in the order of `players`, on the same batch."""
         ...
@@ -126,13 +170,16 @@ def learning_rate(plan: Optimization, step: int) -> float:
 
 def prepared(batch: Callable[[int], Any], start: int, stop: int) -> Iterator[tuple[int, Any]]:
     """Steps and their batches, each prepared in the background a little before it is needed."""
-    with ThreadPoolExecutor(1) as pool:
+    pool = ThreadPoolExecutor(1)
+    try:
         waiting = [(step, pool.submit(batch, step)) for step in range(start, min(start + AHEAD, stop))]
         for step in range(start, stop):
             _, future = waiting.pop(0)
             if step + AHEAD < stop:
                 waiting.append((step + AHEAD, pool.submit(batch, step + AHEAD)))
             yield step, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # who is told to stop does not wait for what nobody will take
 
 
 class Losses(nn.Module):
@@ -335,7 +382,10 @@ def _adamw(weights: dict[str, nn.Parameter], plan: Optimization) -> torch.optim.
 
 @contextlib.contextmanager
 def asked_to_stop() -> Iterator[threading.Event]:
-    """Set by SIGTERM, as what schedules jobs sends it a while before it kills them."""
+    """Set by SIGTERM, as what schedules jobs sends it a while before it kills them; ends the process afterwards.
+
+    What comes too late for the last step would be forgotten otherwise, and the next recipe of a course begin.
+    """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked
@@ -345,6 +395,8 @@ def asked_to_stop() -> Iterator[threading.Event]:
         yield asked
     finally:
         signal.signal(signal.SIGTERM, before)
+    if asked.is_set():
+        sys.exit(STOPPED)
 
 
 def train(stage: Stage, recipe: Recipe, folder: Path, *, quiet: bool = False) -> Run:
@@ -363,14 +415,15 @@ def train(stage: Stage, recipe: Recipe, folder: Path, *, quiet: bool = False) ->
     with Progress(*columns, disable=quiet or ranks.rank() > 0) as progress, asked_to_stop() as asked:
         bar = progress.add_task(recipe.name, total=plan.steps, completed=run.step, figures="")
         run.learn()
-        clock, shown = time.monotonic(), dict[str, float]()
+        pace, whole, shown, clock = Pace(), Pace(), dict[str, float](), time.monotonic()
         for step, batches in prepared(_several(stage.batch, plan.accumulate), run.step, plan.steps):
             figures = run.advance(*batches)
+            for one in (pace, whole):
+                one.add(time.monotonic() - clock, [stage.size(batch) for batch in batches])
             last, news = run.step == plan.steps, dict[str, float]()
             if run.step % plan.log_every == 0 or last:
                 news = ranks.mean({k: float(v) for k, v in figures.items()}) | {"lr": learning_rate(plan, step)}
-                news["steps/s"] = plan.log_every / (time.monotonic() - clock)
-                clock = time.monotonic()
+                news, pace = news | pace.figures(), Pace()
             if run.step % plan.validate_every == 0 or last:
                 news |= {f"val/{k}": v for k, v in run.judge().items()}
             if news and ranks.rank() == 0:
@@ -382,9 +435,12 @@ def train(stage: Stage, recipe: Recipe, folder: Path, *, quiet: bool = False) ->
             if run.step % plan.save_every == 0 or last or stop:
                 run.save()
             run.checkpoints.settle(wait=last or stop)
-            if stop and not last:
-                sys.exit(128 + signal.SIGTERM)
+            if stop:  # one of the processes was asked: all end
+                sys.exit(STOPPED)
             progress.update(bar, completed=run.step, figures=_brief(shown))
+            clock = time.monotonic()
+        if whole.steps and (told := whole.figures()) and not progress.disable:
+            progress.print(recipe.name, PACE.format(**told), sep=": ")
     gc.unfreeze()
     board.close()
     return run

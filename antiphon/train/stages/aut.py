@@ -34,7 +34,7 @@ from antiphon.train.data import (
     pad,
     read_examples,
 )
-from antiphon.train.loop import Figures, Loss, sum_of
+from antiphon.train.loop import Figures, Loss, Size, sum_of
 from antiphon.train.losses import ctc_per_token
 from antiphon.train.recipe import read_fields
 from antiphon.train.stages.common import Setting, manifests
@@ -125,6 +125,10 @@ class AuTStage:
         """Tokens to be written, and clips."""
         return {"attention": float((batch.wanted != IGNORED).sum()), "ctc": float(len(batch.lengths))}
 
+    def size(self, batch: AuTBatch) -> Size:
+        """Mel frames."""
+        return Size.of_clips(batch.mel, batch.frames, self.config.mel.frame_rate)
+
     def loss(self, player: str, batch: AuTBatch, step: int) -> Loss:
         """Cross-entropy of the decoder and CTC of the encoder, over the same tokens."""
         with self.plan.autocast(self.device):
@@ -141,8 +145,7 @@ class AuTStage:
         kept = wanted != IGNORED
         right = (logits.argmax(-1) == wanted)[kept].float().mean()
         parts = {"attention": (1 - self.options.ctc) * attention, "ctc": self.options.ctc * ctc}
-        padding = 1 - batch.frames.sum() / (batch.frames.max() * len(batch.frames))
-        figures = {"loss": sum_of(parts), "accuracy": right, "ctc": ctc, "ctc_lost": lost, "padding": padding}
+        figures = {"loss": sum_of(parts), "accuracy": right, "ctc": ctc, "ctc_lost": lost}
         return Loss.of(parts, figures)
 
     def encode(self, mel: Tensor, frames: Tensor, window: int) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,7 @@ from antiphon.train.adversary import Adversary, feature_loss, fooling_loss, judg
 from antiphon.train.checkpoints import load_weights
 from antiphon.train.data import Example, Kept, load_samples, read_examples
 from antiphon.train.listener import Listener
-from antiphon.train.loop import Figures, Loss
+from antiphon.train.loop import Figures, Loss, Size
 from antiphon.train.losses import FLOOR, SpectralDistance, Spectrum
 from antiphon.train.recipe import read_fields
 from antiphon.train.stages.common import TOKENIZER, Setting
@@ -146,6 +146,10 @@ class SoundStage(ABC):
     def counts(self, batch: Tensor) -> dict[str, float]:
         """None: all crops are of one length, and every batch has as many."""
         return {}
+
+    def size(self, batch: Tensor) -> Size:
+        """Samples, none of them padding."""
+        return Size(batch.numel() / self.config.sampling_rate, batch.numel(), batch.numel())
 
     def loss(self, player: str, batch: Tensor, step: int) -> Loss:
         """Distances, what the stage adds, and the adversary's part; for the adversary, its own."""

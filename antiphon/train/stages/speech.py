@@ -36,7 +36,7 @@ from antiphon.train.codes import Spoken, encode, key_of, sound_of
 from antiphon.train.copying import begin_following
 from antiphon.train.data import Example, Kept, numbers, pad, read_examples, read_together
 from antiphon.train.following import places
-from antiphon.train.loop import Figures, Loss, sum_of
+from antiphon.train.loop import Figures, Loss, Size, sum_of
 from antiphon.train.losses import likeness
 from antiphon.train.recipe import read_fields
 from antiphon.train.stages.aut import IGNORED
@@ -348,6 +348,11 @@ class SpeechStage:
             "residual": float(self.chosen(frames)),
             "following": float((batch.said != IGNORED).sum()),
         }
+
+    def size(self, batch: SpeechBatch) -> Size:
+        """Positions of the Talker; seconds are what it says."""
+        places = len(batch.lengths) * int(batch.lengths.max())
+        return Size(float(batch.counts.sum()) / self.codec.config.frame_rate, int(batch.lengths.sum()), places)
 
     def chosen(self, frames: int) -> int:
         """How many of so many frames MTP learns from."""

@@ -28,7 +28,7 @@ from antiphon.tokenizer import Tokenizer
 from antiphon.train import ranks
 from antiphon.train.copying import begin_copying
 from antiphon.train.data import Example, Kept, Mel, batches, listened, measured, numbers, pad, read_examples
-from antiphon.train.loop import Figures, Loss, sum_of
+from antiphon.train.loop import Figures, Loss, Size, sum_of
 from antiphon.train.losses import ctc_and_ways, likeness
 from antiphon.train.recipe import Source, read_fields
 from antiphon.train.stages.aut import IGNORED, begin
@@ -57,6 +57,7 @@ class TalkBatch:
     """Conversations as the Thinker reads them."""
 
     ids: Tensor  # [B, T]
+    rows: Tensor  # [B] how many of them there are
     wanted: Tensor  # [B, T] the id that follows, IGNORED where it is not learnt
     audio: Tensor  # [B, T] True where a row of AuT's goes
     mel: Tensor | None  # [n, frames, F] of all clips, in order
@@ -120,6 +121,12 @@ class ThinkerStage:
             "spelling": float(spoken.sum()),
             "apart": float(rows),
         }
+
+    def size(self, batch: TalkBatch) -> Size:
+        """Positions of the Thinker."""
+        return Size(
+            float(batch.frames.sum()) / self.config.audio.mel.frame_rate, int(batch.rows.sum()), batch.ids.numel()
+        )
 
     def loss(self, player: str, batch: TalkBatch, step: int) -> Loss:
         """Cross-entropy over what the assistant says, and what `spelling_losses` add to it."""
@@ -226,7 +233,7 @@ def read_talk(example: Example, tokenizer: Tokenizer, config: OmniConfig, dtype:
 
 def collate_talks(talks: Sequence[Talk], window: int) -> TalkBatch:
     """Conversations as tensors."""
-    ids, _ = pad([torch.tensor(t.ids) for t in talks])
+    ids, rows = pad([torch.tensor(t.ids) for t in talks])
     said, _ = pad([torch.tensor(t.said) for t in talks])
     wanted = torch.where(said, ids, IGNORED).roll(-1, 1)
     wanted[:, -1] = IGNORED
@@ -234,10 +241,10 @@ def collate_talks(talks: Sequence[Talk], window: int) -> TalkBatch:
     clips = [clip for t in talks for clip in t.clips]
     if not clips:
         nothing = torch.zeros(0)
-        return TalkBatch(ids, wanted, audio, None, nothing, nothing, nothing, window)
+        return TalkBatch(ids, rows, wanted, audio, None, nothing, nothing, nothing, window)
     mel, frames = listened(clips)
     text, lengths = pad([torch.tensor(line, dtype=torch.long) for t in talks for line in t.texts])
-    return TalkBatch(ids, wanted, audio, mel, frames, text, lengths, window)
+    return TalkBatch(ids, rows, wanted, audio, mel, frames, text, lengths, window)
 
 
 def hear_talks(aut: AuT, batch: TalkBatch, device: torch.device) -> Tensor | None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from antiphon.audio import Samples
 from antiphon.aut import AuT
 from antiphon.train.data import Example, Mel, listened, load_samples, measured, read_examples
-from antiphon.train.loop import Figures, Loss
+from antiphon.train.loop import Figures, Loss, Size
 from antiphon.train.recipe import read_fields
 from antiphon.train.stages.common import Setting
 from antiphon.train.talks import cut_out
@@ -105,6 +105,10 @@ class TurnStage:
     def counts(self, batch: TurnBatch) -> dict[str, float]:
         """Clips."""
         return {"ended": float(len(batch.ended))}
+
+    def size(self, batch: TurnBatch) -> Size:
+        """Mel frames."""
+        return Size.of_clips(batch.mel, batch.frames, self.config.mel.frame_rate)
 
     def loss(self, player: str, batch: TurnBatch, step: int) -> Loss:
         """Cross-entropy, and the share that is judged rightly."""
