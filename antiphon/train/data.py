@@ -39,7 +39,6 @@ Read = TypeVar("Read")
 Mel = NDArray[np.float32] | NDArray[np.float16]  # raw log-mel [T, F]
 PACE = 0.07  # seconds that it takes to say a character, about
 READ = 0.4  # of the rows that sound takes, its text takes: five tokens a second instead of thirteen
-BUCKETS = 12  # lengths that share a batch; more means less padding and less variety in a batch
 PIECE = 1 << 18  # bytes that are read at once of a file in a store
 
 
@@ -62,6 +61,11 @@ class Example:
         read = [m["content"] for m in messages if m["role"] != "user" and "supervision" not in m]
         own = self.cut.duration * (READ if self.task == "text" else 1.0)
         return own + READ * PACE * sum(map(len, read))
+
+    @property
+    def letters(self) -> int:
+        """Bytes of what its supervisions say: tokens have about as many in every script."""
+        return len(self.text.encode())
 
     @property
     def language(self) -> str | None:
@@ -229,8 +233,7 @@ class Mix:
                 raise InputError(f"{source.cuts} has no cut of at most {data.max_seconds} s; raise data.max_seconds")
         length = (lambda e: e.seconds) if data.batch_seconds else (lambda e: e.cut.duration)
         lengths = [np.array([length(e) for e in pool]) for pool in pools]
-        self.edges = _edges(lengths, [s.weight for s in sources])
-        places = [np.searchsorted(self.edges, own) for own in lengths]
+        self.edges, places = _buckets(lengths, pools, [s.weight for s in sources], data.buckets)
         buckets = range(len(self.edges))
         self.cells = [  # [source][bucket] -> examples
             [[pool[i] for i in (place == b).nonzero()[0]] for b in buckets]
@@ -306,14 +309,32 @@ def _pick(shares: np.ndarray, places: np.ndarray | float) -> np.ndarray:
     return np.searchsorted(total, places * total[-1], side="right").clip(0, len(shares) - 1)
 
 
-def _edges(lengths: list[np.ndarray], weights: list[float]) -> np.ndarray:
-    """Upper lengths of the buckets, in seconds: equal shares of what is drawn, the longest example last."""
-    durations = np.concatenate(lengths)
-    share = np.concatenate([np.full(len(own), w / len(own)) for own, w in zip(lengths, weights, strict=True)])
-    order = durations.argsort(kind="stable")
-    places = share[order].cumsum() / share.sum()
-    inner = [durations[order][np.searchsorted(places, i / BUCKETS)] for i in range(1, BUCKETS)]
-    return np.unique([*inner, durations.max()])
+def _buckets(
+    lengths: list[np.ndarray], pools: list[list[Example]], weights: list[float], counts: tuple[int, int]
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The longest of each bucket in seconds, and in which bucket each example of each source is.
+
+    By length, and within a length by how much there is to write.
+    """
+    seconds, longest = np.concatenate(lengths), list[float]()
+    shares = np.concatenate([np.full(len(own), w / len(own)) for own, w in zip(lengths, weights, strict=True)])
+    letters = np.array([e.letters for pool in pools for e in pool] if counts[1] > 1 else np.zeros(len(seconds)))
+    edges = _edges(seconds, shares, counts[0])
+    lines, places = np.searchsorted(edges, seconds), np.zeros(len(seconds), int)
+    for i, edge in enumerate(edges):
+        alike = lines == i
+        inner = _edges(letters[alike], shares[alike], counts[1])
+        places[alike] = len(longest) + np.searchsorted(inner, letters[alike])
+        longest += [float(edge)] * len(inner)
+    return np.array(longest), np.split(places, np.cumsum([len(own) for own in lengths])[:-1])
+
+
+def _edges(values: np.ndarray, shares: np.ndarray, count: int) -> np.ndarray:
+    """Upper bounds of at most `count` parts: equal shares of what is drawn, the largest value last."""
+    order = values.argsort(kind="stable")
+    places = shares[order].cumsum() / shares.sum()
+    inner = [values[order][np.searchsorted(places, i / count)] for i in range(1, count)]
+    return np.unique([*inner, values.max()])
 
 
 def batches(examples: Sequence[Example], seconds: float) -> Iterator[list[Example]]:
