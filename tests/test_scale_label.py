@@ -1,6 +1,7 @@
 """antiphon label without Ray: recordings in, cuts out; what is broken is told, and nothing is done twice."""
 
 import base64
+import gzip
 import io
 import json
 import multiprocessing
@@ -14,11 +15,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import soundfile
 import torch
-from lhotse import CutSet, Recording
+from lhotse import CutSet, MonoCut, Recording, RecordingSet
 
 import antiphon.scale.segments
 from antiphon.audio import read_audio, write_audio
@@ -135,12 +137,55 @@ def test_a_source_that_is_not_there_is_refused(tmp_path):
         find_items(["nowhere://a"])
 
 
+def test_manifests_of_recordings_are_read_and_what_is_wrong_with_one_is_told(tmp_path, spoken):
+    write_audio(tmp_path / "a.wav", spoken[0], RATE)
+    recording = Recording.from_file(tmp_path / "a.wav", recording_id="a")
+    RecordingSet.from_recordings([recording]).to_file(tmp_path / "recordings.jsonl.gz")
+    (item,) = find_items([str(tmp_path / "recordings.jsonl.gz")])
+    np.testing.assert_array_equal(read_item(item)[0], spoken[0])
+    silent = MonoCut("silent", 0.0, 1.0, 0)
+    CutSet.from_cuts([recording.to_cut(), silent]).to_file(tmp_path / "cuts.jsonl")
+    _, item = find_items([str(tmp_path / "cuts.jsonl")])
+    with pytest.raises(InputError, match=r"^the cut has no recording$"):
+        read_item(item)
+    whole = (tmp_path / "recordings.jsonl.gz").read_bytes()
+    for torn in (whole[:-9], b'{"id": 3}\n', b'{"start": "no"\n'):
+        (tmp_path / "torn.jsonl.gz").write_bytes(torn if torn in whole else gzip.compress(torn))
+        (item,) = find_items([str(tmp_path / "torn.jsonl.gz")])
+        with pytest.raises(
+            InputError, match=r"torn.jsonl.gz cannot be read from line [12] on .*; expected lhotse cuts"
+        ):
+            read_item(item)
+
+
 def test_a_file_that_changed_is_another_item(tmp_path, spoken):
     write_audio(tmp_path / "a.wav", spoken[0], RATE)
     (before,) = find_items([str(tmp_path)])
     write_audio(tmp_path / "a.wav", spoken[1], RATE)
     (after,) = find_items([str(tmp_path)])
     assert (before.name, before.key == after.key) == (after.name, False)
+
+
+def test_sources_and_what_is_made_of_them_may_be_in_a_store(tmp_path, sources, service, spoken):
+    """All of them in memory, as fsspec has it; and a mix that reads the result from there."""
+    store = fsspec.filesystem("memory")
+    store.put(str(tmp_path / "in"), "/in", recursive=True)
+    (tmp_path / "in" / "whole.wav").unlink()  # the manifest names it as it was on disk
+    cut = read_cuts("memory://in/d.jsonl.gz")[0]
+    cut.recording.sources[0].source = "whole.wav"
+    store.pipe("/in/d.jsonl", json.dumps(cut.to_dict()).encode())
+    far = [f"memory://in/{name}" for name in ("folder", "b.tar", "c.parquet", "d.jsonl")]
+    found = {item.name: item for item in find_items(far)}
+    np.testing.assert_array_equal(read_item(found["memory:///in/d.jsonl#whole"])[0], spoken[3])
+    figures = done(job_at(tmp_path / "out", service), far)
+    assert names(figures.quarantine) == [name for name in BROKEN if "torn.tar" not in name and "lost" not in name]
+    assert len(figures.kept) == len(LINES)
+    store.put(str(tmp_path / "out"), "/out", recursive=True)
+    mix = Mix(Data((), batch_seconds=20.0), [Source(f"memory://out/{CUTS}")], tmp_path, seed=0)
+    here = {cut.id: cut for cut in read_cuts(tmp_path / "out" / CUTS)}
+    for example in mix.examples:
+        assert example.cut.recording.sources[0].source.startswith("memory://out/shards/")
+        np.testing.assert_array_equal(load_samples(example.cut, RATE), load_samples(here[example.cut.id], RATE))
 
 
 # ---------------------------------------------------------------------------------------------------- segments

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
@@ -25,8 +26,8 @@ from antiphon.errors import ConfigError, InputError, WeightsError
 from antiphon.files import read_metadata, read_safetensors, write_safetensors
 from antiphon.train.data import Example, Kept, Mix, read_examples
 from antiphon.train.keep import keep, put_back
-from antiphon.train.loop import BEST, LOG, STATE, Figures, Loss, Run, Size, learning_rate, train
-from antiphon.train.recipe import Data, Optimization, Recipe, Source, read_recipe
+from antiphon.train.loop import BEST, LOG, STATE, Figures, Loss, Run, Size, learning_rate, prepared, train
+from antiphon.train.recipe import BUCKETS, Data, Optimization, Recipe, Source, read_recipe
 from antiphon.train.text import fill_ids, train_tokenizer, transcript, write_config
 
 ROOT = Path(__file__).parent.parent
@@ -669,6 +670,35 @@ def source_of(example: Any) -> str:
     return example.cut.id.split("-")[0]
 
 
+def test_augmented_clips_are_a_function_of_the_number_of_their_batch(tones):
+    """As likely as asked, of the same text and length; without being asked for, batches are what they were."""
+    recipe = aut_recipe()
+    plain, other = (aut_stage(tones, replace(recipe, options=recipe.options | {"augment": a})) for a in (0.0, 0.5))
+    again = aut_stage(tones, replace(recipe, options=recipe.options | {"augment": 0.5}))
+    changed = list[bool]()
+    for number in reversed(range(20)):
+        one, augmented = plain.batch(number), other.batch(number)
+        assert torch.equal(augmented.mel, again.batch(number).mel)
+        assert torch.equal(augmented.wanted, one.wanted)
+        assert (augmented.window, augmented.frames.tolist()) == (one.window, one.frames.tolist())
+        changed += [not torch.equal(a, b) for a, b in zip(augmented.mel, one.mel, strict=True)]
+    assert 0.3 < np.mean(changed) < 0.6, "of a half, some are let through as they are"
+
+
+def test_several_loaders_prepare_what_one_does():
+    """In order, however long each batch takes; and what fails, fails in its turn."""
+
+    def batch(step: int) -> int:
+        time.sleep(0.002 * (step % 3))
+        return step * step if step < 25 else 1 // 0
+
+    assert list(prepared(batch, 3, 20, loaders=5)) == list(prepared(batch, 3, 20)) == [(n, n * n) for n in range(3, 20)]
+    steps = prepared(batch, 20, 40, loaders=5)
+    assert [next(steps)[0] for _ in range(5)] == [*range(20, 25)]
+    with pytest.raises(ZeroDivisionError):
+        next(steps)
+
+
 @pytest.mark.parametrize("seconds", [30.0, 60.0, 240.0])
 def test_the_mix_keeps_its_shares_of_the_seconds(lengths, seconds):
     mix = mix_of(lengths, seconds=seconds)
@@ -684,6 +714,32 @@ def test_the_mix_keeps_its_shares_of_the_seconds(lengths, seconds):
     print(f"{seconds:g} s: { ({n: round(s / total, 4) for n, s in drawn.items()}) }, padding {1 - total / padded:.1%}")
     assert {n: s / total for n, s in drawn.items()} == pytest.approx(SHARES, abs=0.01)
     assert 0.02 < 1 - total / padded < 0.15
+
+
+def test_buckets_of_the_released_recipes_leave_little_padding(tmp_path):
+    """Half a second to half a minute of slow and fast speech: little of sound, of text, and of both together."""
+    from lhotse import MonoCut, SupervisionSegment
+
+    from antiphon.train.prepare import write_cuts
+
+    rng, cuts = np.random.default_rng(0), []
+    lengths, paces = rng.lognormal(1.6, 0.8, 6000).clip(0.5, 30).round(2), rng.normal(16, 4, 6000).clip(6, 30)
+    for i, (seconds, pace) in enumerate(zip(lengths.tolist(), paces.tolist(), strict=True)):
+        text = "a" * int(seconds * pace)
+        cuts.append(MonoCut(f"{i}", 0.0, seconds, 0, [SupervisionSegment(f"{i}", "r", 0.0, seconds, text=text)]))
+    write_cuts(tmp_path / "speech.jsonl.gz", cuts)
+    data = read_recipe(ROOT / "recipes/release/aut.yaml").data
+    data, padding = replace(data, mix=(Source("speech.jsonl.gz"),)), dict[tuple[int, int], list[float]]()
+    for buckets in (BUCKETS, data.buckets):
+        mix, sums = Mix(replace(data, buckets=buckets), data.mix, tmp_path, 0), np.zeros((2, 2))
+        for number in range(500):
+            sizes = np.array([(e.seconds, e.letters / 4) for e in mix.draw(number)])  # letters of a token, about
+            assert len(sizes) * sizes[:, 0].max() <= data.batch_seconds
+            sums += sizes.sum(0), len(sizes) * sizes.max(0)
+        filled, places = sums * (13, 1)  # positions a second
+        padding[buckets] = [*(1 - filled / places), 1 - filled.sum() / places.sum()]
+        print(f"buckets {buckets}: padding of sound, text, both", *(f"{share:.1%}" for share in padding[buckets]))
+    assert max(padding[data.buckets]) < 0.05 < min(padding[BUCKETS])
 
 
 def test_every_batch_keeps_the_shares_of_its_lengths(lengths):
@@ -860,6 +916,7 @@ def test_a_recipe(tmp_path):
             "b.jsonl.gz",
             r"^mine.yaml.data.mix\[1\] should be a table of cuts, weight, task, languages$",
         ),
+        ("batch_seconds: 20", "buckets: [0, 1]", r"^data.buckets is \[0, 1\]; expected two numbers of 1 or more$"),
         (GOOD, "- stage\n- data", r"mine.yaml is not a recipe; expected a table of settings$"),
         (GOOD, "", r"mine.yaml is not a recipe; expected a table of settings$"),
         (GOOD, "stage: aut\ndata: [1, 2", r"mine.yaml is not YAML: expected ',' or '\]'.* in line 2$"),
@@ -882,6 +939,12 @@ def test_a_recipe_that_is_no_text(tmp_path):
         read_recipe(tmp_path / "mine.yaml")
     with pytest.raises(ConfigError, match=r"^there is no recipe .*gone.yaml$"):
         read_recipe(tmp_path / "gone.yaml")
+
+
+def test_runs_from_before_there_was_a_choice_of_buckets_go_on():
+    recipe = Recipe("tiny", "tiny", Data(()), Optimization(steps=60, lr=1e-2), seed=11)
+    assert recipe.fingerprint == "a0e4dde1afaa9c62"
+    assert replace(recipe, data=Data((), buckets=(24, 1))).fingerprint != recipe.fingerprint
 
 
 def test_gradients_of_several_batches_make_one_step(tmp_path):

@@ -17,22 +17,18 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
-
-import fsspec
-import fsspec.core
 
 from antiphon.audio import Samples, check_samples, read_audio
 from antiphon.errors import InputError
-from antiphon.train.data import read_cuts
+from antiphon.train.data import read_manifest, read_sound, store_of
 
 SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64", ".rf64")
 MANIFESTS = (".jsonl", ".jsonl.gz")
 COLUMNS = ("audio", "bytes", "wav", "flac", "mp3", "ogg", "opus")  # of Parquet, that may hold encoded sound
 LONGEST = 4 * 3600.0  # seconds of one recording: it is held in memory
 REASON = 300  # characters of why something cannot be read: some libraries tell everything they know
-EXPECTED = "a folder, a .jsonl or .jsonl.gz of lhotse cuts, a .tar, a .parquet or a sound file"
+EXPECTED = "a folder, a .jsonl or .jsonl.gz of lhotse cuts or recordings, a .tar, a .parquet or a sound file"
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ def find_items(sources: Iterable[str]) -> list[Item]:
 
 
 def _found(source: str) -> Iterator[Item]:
-    store, path = _store(source)
+    store, path = store_of(source)
     if not store.exists(path):
         raise InputError(f"there is no {source}; expected {EXPECTED}")
     if store.isdir(path):
@@ -85,7 +81,7 @@ def _found(source: str) -> Iterator[Item]:
             if name.lower().endswith((*SOUNDS, ".tar", ".parquet")):
                 yield from _inside(store, name, about)
     elif path.lower().endswith(MANIFESTS):
-        yield from _cuts(path, _stamp(store.info(path)))
+        yield from _cuts(store, path)
     elif path.lower().endswith((*SOUNDS, ".tar", ".parquet")):
         yield from _inside(store, path, store.info(path))
     else:
@@ -130,11 +126,21 @@ def _rows(store: Any, path: str, place: str, stamp: str) -> Iterator[Item]:
                 yield Item(f"{place}#{group}.{row}", place, "parquet", f"{group}:{row}:{column}", size, stamp)
 
 
-def _cuts(path: str, stamp: str) -> Iterator[Item]:
-    for cut in read_cuts(path):
-        if cut.has_recording:
-            about = json.dumps(cut.to_dict(), ensure_ascii=False, sort_keys=True)
-            yield Item(f"{path}#{cut.id}", path, "cut", about, round(cut.duration * cut.sampling_rate * 2), stamp)
+def _cuts(store: Any, path: str) -> Iterator[Item]:
+    """The cuts of a manifest."""
+    place, stamp = store.unstrip_protocol(path).removeprefix("file://"), _stamp(store.info(path))
+    try:
+        cuts = read_manifest(place)
+    except InputError as error:
+        yield Item(place, place, "unreadable", first_line(error), stamp=stamp)
+        return
+    for cut in cuts:
+        name = f"{place}#{cut.id}"
+        if not cut.has_recording:
+            yield Item(name, place, "unreadable", "the cut has no recording", stamp=stamp)
+            continue
+        about = json.dumps(cut.to_dict(), ensure_ascii=False, sort_keys=True)
+        yield Item(name, place, "cut", about, round(cut.duration * cut.sampling_rate * 2), stamp)
 
 
 def read_item(item: Item) -> tuple[Samples, int]:
@@ -149,13 +155,13 @@ def read_item(item: Item) -> tuple[Samples, int]:
         from lhotse.cut.set import deserialize_cut
 
         cut: Any = deserialize_cut(json.loads(item.inside))
-        return check_samples(cut.load_audio().mean(0), cut.sampling_rate, max_seconds=LONGEST), cut.sampling_rate
+        return check_samples(read_sound(cut), cut.sampling_rate, max_seconds=LONGEST), cut.sampling_rate
     return read_audio(io.BytesIO(_bytes(item)), max_seconds=LONGEST)
 
 
 def _bytes(item: Item) -> bytes:
     """The encoded sound."""
-    store, path = _store(item.place)
+    store, path = store_of(item.place)
     if item.kind == "parquet":
         group, row, column = item.inside.split(":")
         value = _group(item.place, item.stamp, int(group), column)[int(row)].as_py()
@@ -172,16 +178,9 @@ def _group(place: str, stamp: str, group: int, column: str) -> Any:
     """One column of one group of rows: items of a block are neighbours."""
     import pyarrow.parquet
 
-    store, path = _store(place)
+    store, path = store_of(place)
     with store.open(path, "rb") as file:
         return pyarrow.parquet.ParquetFile(file).read_row_group(group, [column]).column(column)
-
-
-def _store(place: str) -> tuple[Any, str]:
-    try:
-        return fsspec.core.url_to_fs(place if "://" in place else str(Path(place).absolute()))
-    except (ValueError, ImportError) as error:
-        raise InputError(f"{place} cannot be reached: {first_line(error)}") from None
 
 
 def _stamp(about: dict[str, Any]) -> str:

@@ -10,14 +10,19 @@ Shapes: B clips, N samples, T mel frames, F mel bins.
 from __future__ import annotations
 
 import gzip
+import json
 import multiprocessing
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import fsspec
+import fsspec.core
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -34,7 +39,7 @@ Read = TypeVar("Read")
 Mel = NDArray[np.float32] | NDArray[np.float16]  # raw log-mel [T, F]
 PACE = 0.07  # seconds that it takes to say a character, about
 READ = 0.4  # of the rows that sound takes, its text takes: five tokens a second instead of thirteen
-BUCKETS = 12  # lengths that share a batch; more means less padding and less variety in a batch
+PIECE = 1 << 18  # bytes that are read at once of a file in a store
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,11 @@ class Example:
         return own + READ * PACE * sum(map(len, read))
 
     @property
+    def letters(self) -> int:
+        """Bytes of what its supervisions say: tokens have about as many in every script."""
+        return len(self.text.encode())
+
+    @property
     def language(self) -> str | None:
         """Language code of a conversation, or of the first supervision."""
         first = next((s.language for s in self.cut.supervisions), None)
@@ -71,22 +81,66 @@ class Example:
 def read_cuts(path: str | Path, root: Path | None = None) -> list[Any]:
     """All cuts of a manifest (.jsonl or .jsonl.gz); relative audio paths are relative to the manifest's folder.
 
-    `root` is the folder of a course's cuts. What is not in it may be in the folder above, which all courses share.
+    `root` is the folder of a course's cuts. What is not in it may be in the folder above, which all courses share. A
+    URL that fsspec reaches is a manifest in that store.
 
     Raises:
-        InputError: there is no such manifest, or there is nothing in it.
+        InputError: there is no such manifest, it cannot be read, or there are no cuts in it.
     """
-    from lhotse import CutSet
-
-    places = [Path(path)] if root is None else [root / path, root.parent / path]
-    place = next((place for place in places if place.exists()), None)
+    places = [path] if root is None or "://" in str(path) else [root / path, root.parent / path]
+    tried = list(dict.fromkeys(map(str, places)))
+    place = next((place for place in tried if exists(place)), None)
     if place is None:
-        tried = " or ".join(dict.fromkeys(map(str, places)))
-        raise InputError(f"there is no manifest {tried}; make it with antiphon corpus or antiphon prepare")
-    cuts = list(CutSet.from_jsonl_lazy(place))
+        raise InputError(f"there is no manifest {' or '.join(tried)}; make it with antiphon corpus or antiphon prepare")
+    cuts = read_manifest(place)
     if not cuts:
         raise InputError(f"{place} holds no cuts")
-    return [_at(cut, place.parent) for cut in cuts]
+    return cuts
+
+
+def read_manifest(place: str) -> list[Any]:
+    """The cuts of a manifest on disk or in a store, with audio found from its folder; a recording is a cut of its own.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    from lhotse import Recording
+    from lhotse.cut.data import DataCut
+    from lhotse.serialization import deserialize_item
+
+    store, path = store_of(place)
+    found = list[Any]()
+    try:
+        with store.open(path, "rb", compression="infer") as file:
+            for line in filter(bytes.strip, file):
+                item = deserialize_item(json.loads(line))
+                cut = item.to_cut() if isinstance(item, Recording) else item
+                if not isinstance(cut, DataCut):
+                    raise TypeError(f"a {type(cut).__name__} is no cut of a recording")
+                found.append(_at(cut, place))
+    except (OSError, EOFError, zlib.error, LookupError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{place} cannot be read from line {len(found) + 1} on ({error}); expected lhotse cuts, each a line of JSON"
+        ) from None
+    return found
+
+
+def store_of(place: str) -> tuple[Any, str]:
+    """The file system of fsspec that a path or URL is in, and the path there.
+
+    Raises:
+        InputError: it cannot be reached.
+    """
+    try:
+        return fsspec.core.url_to_fs(place if "://" in place else str(Path(place).absolute()))
+    except (ValueError, ImportError) as error:
+        raise InputError(f"{place} cannot be reached: {error}") from None
+
+
+def exists(place: str) -> bool:
+    """Whether there is such a file, on disk or in a store."""
+    store, path = store_of(place)
+    return store.exists(path)
 
 
 def read_examples(source: Source, root: Path) -> list[Example]:
@@ -114,12 +168,30 @@ def write_manifest(path: Path, lines: Sequence[str]) -> None:
     os.replace(part, path)
 
 
-def _at(cut: Any, folder: Path) -> Any:
-    """The cut with its audio found from the manifest's folder."""
+def _at(cut: Any, place: str) -> Any:
+    """A cut with its audio found from the folder of its manifest."""
     for source in cut.recording.sources if cut.has_recording else ():
-        if source.type == "file" and not Path(source.source).is_absolute():
-            source.source = str(folder / source.source)
+        if source.type == "file" and "://" not in source.source and not Path(source.source).is_absolute():
+            source.source = f"{place.rpartition('/')[0] or '.'}/{source.source}"
     return cut
+
+
+def read_sound(cut: Any) -> Samples:
+    """Mono samples [N] of a cut at its own rate; channels are averaged. Of a file in a store only that part is read."""
+    with ExitStack() as files:
+        near = [files.enter_context(_opened(source)) for source in cut.recording.sources]
+        return replace(cut, recording=replace(cut.recording, sources=near)).load_audio().mean(0)
+
+
+@contextmanager
+def _opened(source: Any) -> Iterator[Any]:
+    """A source whose file in a store is read in pieces, as they are needed: lhotse takes an open file as well."""
+    if source.type != "file" or "://" not in source.source:
+        yield source
+        return
+    store, path = store_of(source.source)
+    with store.open(path, "rb", block_size=PIECE) as file:
+        yield replace(source, source=file)
 
 
 def load_samples(cut: Any, rate: int) -> Samples:
@@ -128,9 +200,7 @@ def load_samples(cut: Any, rate: int) -> Samples:
     Raises:
         AudioError: what was read is not finite, or empty.
     """
-    return resample(
-        check_samples(cut.load_audio().mean(0), cut.sampling_rate, name=f"cut {cut.id}"), cut.sampling_rate, rate
-    )
+    return resample(check_samples(read_sound(cut), cut.sampling_rate, name=f"cut {cut.id}"), cut.sampling_rate, rate)
 
 
 def resample(samples: Samples, source: int, target: int) -> Samples:
@@ -163,8 +233,7 @@ class Mix:
                 raise InputError(f"{source.cuts} has no cut of at most {data.max_seconds} s; raise data.max_seconds")
         length = (lambda e: e.seconds) if data.batch_seconds else (lambda e: e.cut.duration)
         lengths = [np.array([length(e) for e in pool]) for pool in pools]
-        self.edges = _edges(lengths, [s.weight for s in sources])
-        places = [np.searchsorted(self.edges, own) for own in lengths]
+        self.edges, places = _buckets(lengths, pools, [s.weight for s in sources], data.buckets)
         buckets = range(len(self.edges))
         self.cells = [  # [source][bucket] -> examples
             [[pool[i] for i in (place == b).nonzero()[0]] for b in buckets]
@@ -240,14 +309,32 @@ def _pick(shares: np.ndarray, places: np.ndarray | float) -> np.ndarray:
     return np.searchsorted(total, places * total[-1], side="right").clip(0, len(shares) - 1)
 
 
-def _edges(lengths: list[np.ndarray], weights: list[float]) -> np.ndarray:
-    """Upper lengths of the buckets, in seconds: equal shares of what is drawn, the longest example last."""
-    durations = np.concatenate(lengths)
-    share = np.concatenate([np.full(len(own), w / len(own)) for own, w in zip(lengths, weights, strict=True)])
-    order = durations.argsort(kind="stable")
-    places = share[order].cumsum() / share.sum()
-    inner = [durations[order][np.searchsorted(places, i / BUCKETS)] for i in range(1, BUCKETS)]
-    return np.unique([*inner, durations.max()])
+def _buckets(
+    lengths: list[np.ndarray], pools: list[list[Example]], weights: list[float], counts: tuple[int, int]
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The longest of each bucket in seconds, and in which bucket each example of each source is.
+
+    By length, and within a length by how much there is to write.
+    """
+    seconds, longest = np.concatenate(lengths), list[float]()
+    shares = np.concatenate([np.full(len(own), w / len(own)) for own, w in zip(lengths, weights, strict=True)])
+    letters = np.array([e.letters for pool in pools for e in pool] if counts[1] > 1 else np.zeros(len(seconds)))
+    edges = _edges(seconds, shares, counts[0])
+    lines, places = np.searchsorted(edges, seconds), np.zeros(len(seconds), int)
+    for i, edge in enumerate(edges):
+        alike = lines == i
+        inner = _edges(letters[alike], shares[alike], counts[1])
+        places[alike] = len(longest) + np.searchsorted(inner, letters[alike])
+        longest += [float(edge)] * len(inner)
+    return np.array(longest), np.split(places, np.cumsum([len(own) for own in lengths])[:-1])
+
+
+def _edges(values: np.ndarray, shares: np.ndarray, count: int) -> np.ndarray:
+    """Upper bounds of at most `count` parts: equal shares of what is drawn, the largest value last."""
+    order = values.argsort(kind="stable")
+    places = shares[order].cumsum() / shares.sum()
+    inner = [values[order][np.searchsorted(places, i / count)] for i in range(1, count)]
+    return np.unique([*inner, values.max()])
 
 
 def batches(examples: Sequence[Example], seconds: float) -> Iterator[list[Example]]:

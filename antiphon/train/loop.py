@@ -39,7 +39,7 @@ from antiphon.train.recipe import Optimization, Recipe
 
 __all__ = ["BEST", "LOG", "STATE", "Figures", "Loss", "Run", "Size", "Stage", "sum_of", "train"]
 
-AHEAD = 4  # batches prepared while the current one is used
+AHEAD = 4  # steps whose batches are prepared, at least, while the current one is used
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's memory of a parameter
 COLUMNS = (  # what a bar shows
     TextColumn("{task.description}"),
@@ -168,15 +168,15 @@ def learning_rate(plan: Optimization, step: int) -> float:
     return plan.final_lr + (plan.lr - plan.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def prepared(batch: Callable[[int], Any], start: int, stop: int) -> Iterator[tuple[int, Any]]:
-    """Steps and their batches, each prepared in the background a little before it is needed."""
-    pool = ThreadPoolExecutor(1)
+def prepared(batch: Callable[[int], Any], start: int, stop: int, loaders: int = 1) -> Iterator[tuple[int, Any]]:
+    """Steps and their batches, prepared in the background a little before they are needed, some at a time."""
+    pool, ahead = ThreadPoolExecutor(loaders), max(AHEAD, 2 * loaders)
     try:
-        waiting = [(step, pool.submit(batch, step)) for step in range(start, min(start + AHEAD, stop))]
+        waiting = [(step, pool.submit(batch, step)) for step in range(start, min(start + ahead, stop))]
         for step in range(start, stop):
             _, future = waiting.pop(0)
-            if step + AHEAD < stop:
-                waiting.append((step + AHEAD, pool.submit(batch, step + AHEAD)))
+            if step + ahead < stop:
+                waiting.append((step + ahead, pool.submit(batch, step + ahead)))
             yield step, future.result()
     finally:
         pool.shutdown(cancel_futures=True)  # who is told to stop does not wait for what nobody will take
@@ -415,8 +415,9 @@ def train(stage: Stage, recipe: Recipe, folder: Path, *, quiet: bool = False) ->
     with Progress(*columns, disable=quiet or ranks.rank() > 0) as progress, asked_to_stop() as asked:
         bar = progress.add_task(recipe.name, total=plan.steps, completed=run.step, figures="")
         run.learn()
+        batches_of = _several(stage.batch, plan.accumulate)
         pace, whole, shown, clock = Pace(), Pace(), dict[str, float](), time.monotonic()
-        for step, batches in prepared(_several(stage.batch, plan.accumulate), run.step, plan.steps):
+        for step, batches in prepared(batches_of, run.step, plan.steps, recipe.devices.loaders):
             figures = run.advance(*batches)
             for one in (pace, whole):
                 one.add(time.monotonic() - clock, [stage.size(batch) for batch in batches])

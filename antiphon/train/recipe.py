@@ -85,13 +85,14 @@ def fast_bfloat16(device: torch.device) -> bool:
 class Devices:
     """How a run uses its devices, and which states it keeps; the weights it comes to are the same."""
 
+    loaders: int = 1  # batches that are read at a time, in threads of each process
     recompute: bool = False  # activations of the large layers on the way back, instead of keeping them
     keep_last: int = 2  # checkpoints of several processes; one process keeps the last state alone
     keep_every: int = 0  # steps: those of its multiples are kept for good
 
     def __post_init__(self) -> None:
-        if self.keep_last < 1 or self.keep_every < 0:
-            raise ConfigError("devices: keep_last must be 1 or more, keep_every 0 or more")
+        if min(self.loaders, self.keep_last) < 1 or self.keep_every < 0:
+            raise ConfigError("devices: loaders and keep_last must be 1 or more, keep_every 0 or more")
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,9 @@ class Source:
     languages: tuple[str, ...] = ()  # only the cuts in these; all by default
 
 
+BUCKETS = (12, 1)
+
+
 @dataclass(frozen=True)
 class Data:
     """What a stage is trained on and validated on."""
@@ -126,7 +130,12 @@ class Data:
     validation: tuple[Source, ...] = ()
     batch_seconds: float = 60.0
     max_seconds: float = 30.0
+    buckets: tuple[int, int] = BUCKETS  # of lengths, and of texts in each, that share a batch: more means less padding
     readers: int = 0  # processes that read all sounds before the first step, to stay in memory; 0: each as it is needed
+
+    def __post_init__(self) -> None:
+        if min(self.buckets) < 1:
+            raise ConfigError(f"data.buckets is {list(self.buckets)}; expected two numbers of 1 or more")
 
 
 NO_OPTIMIZATION = Optimization(1, 1.0)  # of a tokenizer, which has no weights
@@ -161,6 +170,8 @@ class Recipe:
         """Changes with everything that changes the weights."""
         without = {"devices"} if self.lora.rank else {"devices", "lora"}
         changing = {name: value for name, value in dataclasses.asdict(self).items() if name not in without}
+        if self.data.buckets == BUCKETS:  # runs from before there was a choice go on
+            del changing["data"]["buckets"]
         text = json.dumps(changing, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

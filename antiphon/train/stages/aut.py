@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from antiphon.aut import AuT, TextDecoder, TextDecoderConfig
 from antiphon.error_rates import error_rates
 from antiphon.tokenizer import Tokenizer
+from antiphon.train.augment import augment
 from antiphon.train.data import (
     Example,
     Kept,
@@ -53,6 +54,7 @@ class AuTOptions:
     windows: tuple[int, ...] = (1, 2, 4, 8)  # seconds
     ctc: float = 0.3  # share of the CTC loss
     smoothing: float = 0.05  # of the labels
+    augment: float = 0.0  # share of the clips that are heard as through a room, noise or a telephone
     conv_gain: float = 3.0  # of conv_out: sound must not drown in the positions that are added to it
     validated: int = 400  # clips per manifest
 
@@ -104,11 +106,17 @@ class AuTStage:
             np.random.Philox(np.random.SeedSequence([self.setting.recipe.seed, number, 1 << 20]))
         )
         window = self.options.windows[int(random.random() * len(self.options.windows))]
-        return self.collate([self.kept(e) for e in self.mix.draw(number)], window)
+        share = self.options.augment
+        clips = [
+            self.read(e, random) if share and random.random() < share else self.kept(e) for e in self.mix.draw(number)
+        ]
+        return self.collate(clips, window)
 
-    def read(self, example: Example) -> Clip:
-        """A clip, and the ids of its transcript."""
-        mel = measured(load_samples(example.cut, self.config.mel.sample_rate), self.config.mel)
+    def read(self, example: Example, random: np.random.Generator | None = None) -> Clip:
+        """A clip, and the ids of its transcript; with a generator, what `augment` makes of the sound."""
+        rate = self.config.mel.sample_rate
+        samples = load_samples(example.cut, rate)
+        mel = measured(samples if random is None else augment(samples, rate, random), self.config.mel)
         ids = self.tokenizer.encode(transcript(example.text, example.language))[:LONGEST]
         return mel.astype(numbers(self.setting.recipe.data), copy=False), ids
 
@@ -126,8 +134,11 @@ class AuTStage:
         return {"attention": float((batch.wanted != IGNORED).sum()), "ctc": float(len(batch.lengths))}
 
     def size(self, batch: AuTBatch) -> Size:
-        """Mel frames."""
-        return Size.of_clips(batch.mel, batch.frames, self.config.mel.frame_rate)
+        """Positions of the encoder and of the decoder."""
+        heard = [self.config.tokens(count) for count in batch.frames.tolist()]
+        written = int((batch.wanted != IGNORED).sum())
+        seconds = float(batch.frames.sum()) / self.config.mel.frame_rate
+        return Size(seconds, sum(heard) + written, len(heard) * max(heard) + batch.wanted.numel())
 
     def loss(self, player: str, batch: AuTBatch, step: int) -> Loss:
         """Cross-entropy of the decoder and CTC of the encoder, over the same tokens."""
