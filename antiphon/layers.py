@@ -365,10 +365,11 @@ class SparseMLP(Part):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[N, W] -> [N, W], added to `residual` if there is one."""
+        scores = self.gate(x)
         if self.experts.count == 1:  # nothing to route: its weight is 1
             y = self.experts.only(x)
         else:
-            weight, chosen = self.gate(x).topk(self.top_k, -1)
+            weight, chosen = scores.topk(self.top_k, -1)
             if self.normalize:
                 weight = weight / weight.sum(-1, keepdim=True)
             y = self.experts(x, chosen, weight.to(x.dtype))
