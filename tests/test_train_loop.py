@@ -594,10 +594,11 @@ def test_the_pace_of_steps_is_logged_and_told(tmp_path, capsys):
 def test_a_batch_of_clips_is_as_large_as_they_are_together(tones):
     stage = aut_stage(tones, aut_recipe())
     clips = [stage.read(example) for example in stage.mix.examples[::4]]
-    frames = [len(mel) for mel, _ in clips]
+    frames, texts = [len(mel) for mel, _ in clips], [len(ids) + 1 for _, ids in clips]
     assert len(set(frames)) > 1
-    size = stage.size(stage.collate(clips, 1))
-    assert size == Size(sum(frames) / 100, sum(frames), len(frames) * max(frames))
+    size, sounds = stage.size(stage.collate(clips, 1)), [*map(stage.config.tokens, frames)]
+    longest = max(sounds) + max(texts)
+    assert size == Size(sum(frames) / 100, sum(sounds) + sum(texts), len(frames) * longest)
 
 
 def test_averaged_weights_are_validated_and_kept(tmp_path):
