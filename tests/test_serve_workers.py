@@ -46,8 +46,13 @@ class Group:
 
     def process_of(self, session: str) -> int:
         """Of the worker that holds a session: the last that has let its client in."""
-        let_in = [said["worker"] for said in self.lines if said["event"] == "realtime" and said["session"] == session]
-        name = let_in[-1]
+
+        def let_in() -> list[str]:
+            lines = [said for said in self.lines if said["event"] == "realtime"]
+            return [said["worker"] for said in lines if said["session"] == session]
+
+        until(lambda: bool(let_in()))  # it is said a moment after the client was let in
+        name = let_in()[-1]
         return next(said["process"] for said in self.lines if said["event"] == "worker" and said["name"] == name)
 
     def told(self, event: str) -> int:
