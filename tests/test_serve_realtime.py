@@ -289,16 +289,22 @@ def make_talkative(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Speaking, "give", endless)
 
 
+def interrupted(c: Line, frames: int) -> str:
+    """The item of an answer into which the user speaks, when so many frames of it have come."""
+    c.say("What is three plus four?")
+    c.until("conversation.item.done")
+    c.send("response.create")
+    item = c.last("response.output_item.added")["item"]["id"]
+    for _ in range(frames):
+        c.until("response.output_audio.delta")
+    c.append(np.concatenate([quiet(0.3), at_24k(EXAMPLES / "question.wav")[:30000]]), 20)
+    return item
+
+
 def test_who_speaks_interrupts_and_the_answer_is_cut_to_what_was_heard(server, monkeypatch):
     make_talkative(monkeypatch)
     with line(server) as c:
-        c.say("What is three plus four?")
-        c.until("conversation.item.done")
-        c.send("response.create")
-        item = c.last("response.output_item.added")["item"]["id"]
-        for _ in range(6):  # 480 ms
-            c.until("response.output_audio.delta")
-        c.append(np.concatenate([quiet(0.3), at_24k(EXAMPLES / "question.wav")[:30000]]), 20)
+        item = interrupted(c, 6)
         c.until("input_audio_buffer.speech_started")
         c.send("conversation.item.truncate", item_id=item, content_index=0, audio_end_ms=240)
         events = c.until("conversation.item.truncated")
@@ -351,13 +357,7 @@ def test_a_client_that_says_late_what_was_heard_is_told_what_was_kept(server, mo
     make_talkative(monkeypatch)
     monkeypatch.setattr(Playback, "heard", 0.08)
     with line(server) as c:
-        c.say("What is three plus four?")
-        c.until("conversation.item.done")
-        c.send("response.create")
-        item = c.last("response.output_item.added")["item"]["id"]
-        for _ in range(6):  # 480 ms
-            c.until("response.output_audio.delta")
-        c.append(np.concatenate([quiet(0.3), at_24k(EXAMPLES / "question.wav")[:30000]]), 20)
+        item = interrupted(c, 6)
         c.until("response.done")
         time.sleep(PATIENCE + 0.3)
         c.send("conversation.item.truncate", item_id=item, content_index=0, audio_end_ms=400)
@@ -375,13 +375,7 @@ def test_a_client_that_says_what_was_heard_while_our_clock_cuts_is_believed(serv
 
     monkeypatch.setattr(History, "cut", slow)
     with line(server) as c:
-        c.say("What is three plus four?")
-        c.until("conversation.item.done")
-        c.send("response.create")
-        item = c.last("response.output_item.added")["item"]["id"]
-        for _ in range(12):  # 960 ms
-            c.until("response.output_audio.delta")
-        c.append(np.concatenate([quiet(0.3), at_24k(EXAMPLES / "question.wav")[:30000]]), 20)
+        item = interrupted(c, 12)
         c.until("response.done")
         c.send("conversation.item.truncate", item_id=item, content_index=0, audio_end_ms=80)
         assert c.last("conversation.item.truncated")["audio_end_ms"] == 80
