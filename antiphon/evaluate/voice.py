@@ -145,21 +145,25 @@ def cloning(trial: Trial) -> Iterator[Row]:
         return
     references = [rendered(voice, DIALOG_LANGUAGES[i % 10], i, REFERENCE) for i, voice in enumerate(UNHEARD)]
     prints = [voice_print(*reference) for reference in references]
-    near, ceiling, floor, strict, loose = [], [], [], [], []
+    codec = codec_of(trial.model)
+    near, coded, ceiling, floor, strict, loose = [], [], [], [], [], []
     for i, voice in enumerate(trial.track(UNHEARD, "cloning")):
         language = DIALOG_LANGUAGES[(i + 1 + i // 10) % 10]
         text = sentence_of(language, i).text
         made = voice_print(*said(trial.model, text, trial.model.clone(*references[i])))
         others = prints[:i] + prints[i + 1 :]
         near.append(similarity(made, prints[i]))
-        ceiling.append(similarity(voice_print(*rendered(voice, language, i)), prints[i]))
+        own = rendered(voice, language, i)
+        coded.append(similarity(voice_print(*again(trial.model, codec, *own)), prints[i]))
+        ceiling.append(similarity(voice_print(*own), prints[i]))
         floor.append(float(np.mean([similarity(p, prints[i]) for p in others])))
         strict.append(is_nearest_voice(made, prints[i], others))
         variants = [p for p, other in zip(prints, UNHEARD, strict=True) if other.variant != voice.variant]
         loose.append(is_nearest_voice(made, prints[i], variants))
     shares = f"{percent(float(np.mean(strict)))} ({percent(float(np.mean(loose)))} against other variants alone)"
     yield Row(nearer, shares, ">= 80 %")
-    seen = f"{np.mean(near):.3f}, ceiling {np.mean(ceiling):.3f}, floor {np.mean(floor):.3f}"
+    limits = f"the codec alone {np.mean(coded):.3f}, ceiling {np.mean(ceiling):.3f}, floor {np.mean(floor):.3f}"
+    seen = f"{np.mean(near):.3f}, {limits}"
     yield Row(alike, seen, "within 0.1 of the ceiling")
 
 
