@@ -30,8 +30,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from antiphon.config import MelConfig
+from antiphon.convolutions import roll
 from antiphon.errors import AudioError
-from antiphon.streaming import State, by_row, in_step, roll
+from antiphon.streaming import State, by_row, in_step
 
 Samples = NDArray[np.float32]  # [N]
 Method = TypeVar("Method", bound=Callable[..., Tensor])

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from antiphon.audio import QUIETEST, normalize
+from antiphon.caches import KVCache, open_span
 from antiphon.config import AudioConfig
 from antiphon.layers import Attention, RMSNorm, attend, span_rotary
-from antiphon.streaming import KVCache, State, by_row, in_step, keep, open_span, take
+from antiphon.streaming import State, by_row, in_step, keep, take
 
 LOG_FLOOR = math.log10(QUIETEST)  # raw log-mel of silence
 CONVOLVED_AT_ONCE = 64  # chunks: bounds the memory of a 40-minute clip
@@ -209,27 +210,53 @@ class AuT(nn.Module):
             silence = (torch.arange(c.chunk_frames) >= sound[part, None])[..., None].to(x.device, non_blocking=True)
             place = part.to(x.device, non_blocking=True)
             piece = chunks[place].masked_fill(silence, 0)
-            tokens[place] = self._convolve(piece.to(tokens.dtype), edge[part]).to(tokens.dtype)
+            inside = int(edge[part].min()) < c.chunk_frames  # of some chunk: usually there is nothing to cut off
+            own = edge[part].to(x.device, non_blocking=True) if inside else None
+            tokens[place] = self._convolve(piece.to(tokens.dtype), own).to(tokens.dtype)
         lengths = torch.tensor([c.tokens(int(v)) for v in valid])
         longest = int(lengths.max())
-        y = tokens.unflatten(0, (-1, per_window)).flatten(1, 2)[:, :longest]
         mask = None
         if int(lengths.min()) < longest:  # an empty window may look at its first token, so that no row is all masked
             mask = (torch.arange(longest) < lengths.clamp(min=1)[:, None])[:, None, None].to(
                 x.device, non_blocking=True
             )
-        for layer in self.layers:
-            y = layer(y, mask)
-        return self.ln_post(y)
+        return self._attend(tokens.unflatten(0, (-1, per_window)).flatten(1, 2)[:, :longest], mask)
 
-    def _convolve(self, x: Tensor, edge: Tensor) -> Tensor:
+    def hear(self, x: Tensor, valid: Tensor, alone: Tensor) -> Tensor:
+        """Windows [N, frames, F] of which `valid` [N] frames are sound -> embeddings [N, S, output_dim].
+
+        As `forward` hears them, but nothing hangs on numbers that only the device knows, so that it can be recorded:
+        every window has all its tokens, and those after the sound are nobody's.
+        """
+        c, device = self.config, x.device
+        chunks = x.unflatten(1, (-1, c.chunk_frames)).flatten(0, 1)
+        per_window = chunks.shape[0] // x.shape[0]
+        starts, frame = (torch.arange(n, device=device) for n in (per_window, c.chunk_frames))
+        sound = (valid[:, None] - starts * c.chunk_frames).clamp(0, c.chunk_frames).flatten()
+        edge = torch.where(alone.repeat_interleave(per_window), sound, c.chunk_frames)
+        chunks = chunks.masked_fill((frame >= sound[:, None])[..., None], 0).to(self.conv_out.weight.dtype)
+        tokens = self._convolve(chunks, edge).masked_fill(sound[:, None, None] == 0, 0)
+        tokens = tokens.unflatten(0, (-1, per_window)).flatten(1, 2)
+        rest = valid % c.chunk_frames
+        for _ in range(c.conv_layers):
+            rest = (rest + 1) // 2
+        lengths = valid // c.chunk_frames * c.chunk_tokens + rest
+        mask = torch.arange(tokens.shape[1], device=device) < lengths.clamp(min=1)[:, None]
+        return self.project(self._attend(tokens, mask[:, None, None]))
+
+    def _attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Convolved windows [N, S, W] -> states; a window looks where its mask [N, 1, 1, S] allows."""
+        for layer in self.layers:
+            x = layer(x, mask)
+        return self.ln_post(x)
+
+    def _convolve(self, x: Tensor, edge: Tensor | None) -> Tensor:
         """Chunks [n, frames, F] -> tokens [n, chunk tokens, W]; nothing is heard past `edge` [n] frames."""
-        inside = int(edge.min()) < x.shape[1]  # of some chunk: usually there is nothing to cut off
-        x, edge = x.transpose(1, 2)[:, None], edge.to(x.device, non_blocking=True)
+        x = x.transpose(1, 2)[:, None]
         for i in range(self.config.conv_layers):
             x = F.gelu(self.get_submodule(f"conv2d{i + 1}")(x))
-            edge = (edge + 1) // 2
-            if inside:
+            if edge is not None:
+                edge = (edge + 1) // 2
                 x = x * (torch.arange(x.shape[-1], device=x.device) < edge[:, None])[:, None, None]
         x = self.conv_out(x.permute(0, 3, 1, 2).flatten(2))
         return x + sinusoids(x.shape[1], x.shape[2], x.device).to(x.dtype)

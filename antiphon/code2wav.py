@@ -16,19 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from antiphon.binding import Bound, Part, bound
+from antiphon.caches import Span, WindowCache
 from antiphon.config import Code2WavConfig
+from antiphon.convolutions import CausalConv1d, CausalTransposedConv1d, Tails, bind_convolutions, conv_tails, tails_of
+from antiphon.kernels import usable
 from antiphon.layers import Attention, LayerScale, RMSNorm, SwiGLU, Turn, run_layers
-from antiphon.streaming import (
-    CausalConv1d,
-    CausalTransposedConv1d,
-    Span,
-    Tails,
-    WindowCache,
-    bind_convolutions,
-    by_row,
-    conv_tails,
-    tails_of,
-)
+from antiphon.streaming import by_row
 
 DILATIONS = (1, 3, 9)
 
@@ -44,6 +37,10 @@ class SnakeBeta(Part):
     def bind(self) -> Bound:
         """As `forward`."""
         alpha, scale = self.alpha.exp()[:, None], 1 / (self.beta.exp()[:, None] + 1e-9)
+        if usable(alpha):
+            from antiphon.kernels.snake import snake
+
+            return lambda x: snake(x, alpha, scale)
 
         def run(x: Tensor) -> Tensor:
             wave = (x * alpha).sin()

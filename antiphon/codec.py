@@ -18,22 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
+from antiphon.caches import Span, WindowCache
 from antiphon.config import CodecConfig
+from antiphon.convolutions import CausalConv1d, Tails, conv_tails, roll, run_convolutions, tails_of
 from antiphon.errors import InputError
 from antiphon.layers import Attention, LayerScale, run_layers, widened
-from antiphon.streaming import (
-    CausalConv1d,
-    Span,
-    Tails,
-    WindowCache,
-    by_row,
-    conv_tails,
-    keep,
-    roll,
-    run_convolutions,
-    tails_of,
-    take,
-)
+from antiphon.streaming import by_row, keep, take
 
 DECAY = 0.99  # of a codebook's running averages, per training step
 DEAD_SHARE = 0.1  # a code used less than this share of the average is dead

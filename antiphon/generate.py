@@ -341,6 +341,8 @@ class Thought(Iterator[int]):
 
     def cut(self, count: int) -> None:
         """Take back what was made after `count` tokens, out of the Thinker's cache too."""
+        if count >= len(self.ids):  # and its text is whole, to the last of its bytes
+            return
         session, start = self.session, len(self.session.ids) - self._fed
         del self.ids[count:], session.ids[start + count :]
         session.thinker.truncate(start + count)

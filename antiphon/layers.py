@@ -17,16 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from antiphon.binding import Bound, Part, bound
+from antiphon.caches import CACHE_BLOCK, Cache, JoinedSpan, KVCache, PlacedSpan, Span, open_span
 from antiphon.config import DecoderConfig
-from antiphon.streaming import (
-    CACHE_BLOCK,
-    Cache,
-    JoinedSpan,
-    KVCache,
-    PlacedSpan,
-    Span,
-    open_span,
-)
+from antiphon.kernels import usable
 
 COPIED_AT_MOST = 1 << 17  # numbers in matrices of experts that are copied together rather than used in turn
 COPIED_ON_CUDA = 1 << 27  # where the host would have to wait to learn whose turn it is, which no graph can
@@ -50,7 +43,12 @@ class RMSNorm(Part):
 
     def bind(self) -> Bound:
         """[…, dim] -> […, dim]."""
-        weight, unit = self.weight, unit_rms(self.weight, self.eps)
+        weight, eps = self.weight, self.eps
+        if usable(weight):
+            from antiphon.kernels.norms import rms_norm
+
+            return lambda x: rms_norm(x, weight, eps)
+        unit = unit_rms(weight, eps)
         return lambda x: unit(x) * weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -201,15 +199,30 @@ class Attention(Part):
         """As `forward`."""
         project, output, norm = bound(self.qkv_proj), bound(self.o_proj), self._bind_norms()
         heads, dim, kinds, turning = self.heads + 2 * self.kv_heads, self.head_dim, self.kinds, self.turning
-        own = self.qkv_proj.weight.dtype
+        own, over_pages = self.qkv_proj.weight.dtype, self._bind_pages()
 
         def run(x: Tensor, turn: Turn, span: Span | JoinedSpan, layer: int, residual: Tensor | None = None) -> Tensor:
+            if over_pages is not None and span.pages is not None:
+                return output(over_pages(project(x), turn, span.pages, layer), residual)
             qk, v = project(x).view(-1, span.steps, heads, dim).split_with_sizes(turning, 2)  # [B, T, H + K or K, D]
             turned = rotate(widened(norm(qk)), *turn).to(torch.promote_types(own, v.dtype))
             q, k = turned.split_with_sizes(kinds, 2)
             return output(attend_over(span, layer, q, k, v), residual)
 
         return run
+
+    def _bind_pages(self) -> Bound | None:
+        """Attention as kernels over blocks, where there are such kernels for heads like these."""
+        heads, norms = self.heads, None
+        if not usable(self.qkv_proj.weight):
+            return None
+        from antiphon.kernels.attention import attend, takes
+
+        if self.q_norm is not None and self.k_norm is not None:
+            norms = torch.stack([self.q_norm.weight, self.k_norm.weight]), self.q_norm.eps
+        if not takes(self.head_dim):
+            return None
+        return lambda qkv, turn, pages, layer: attend(qkv, norms, turn, pages, layer, heads)
 
     def _bind_norms(self) -> Bound:
         """The norms of queries and keys, both at once."""
@@ -245,7 +258,11 @@ class SwiGLU(Part):
 
 
 def gated(x: Tensor) -> Tensor:
-    """The first half of the last dimension through SiLU, times the second half."""
+    """The first half of the last dimension of x [N, 2 I] through SiLU, times the second half."""
+    if usable(x):
+        from antiphon.kernels.norms import gated as kernel
+
+        return kernel(x)
     gate, up = x.chunk(2, -1)
     return F.silu(gate) * up
 
@@ -270,16 +287,22 @@ class Experts(nn.Module):
         nn.init.normal_(self.gate_up_proj, std=self.gate_up_proj.shape[-1] ** -0.5)
         nn.init.normal_(self.down_proj, std=self.down_proj.shape[-1] ** -0.5)
 
-    def forward(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
-        """x [N, W] through the experts chosen [N, k], mixed by weight [N, k] -> [N, W]."""
-        slots, (_, inner, width) = chosen.flatten(), self.gate_up_proj.shape
+    def forward(self, x: Tensor, chosen: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [N, W] through the experts chosen [N, k], mixed by weight [N, k] -> [N, W], added to `residual` if any."""
+        if usable(x) and self.gate_up_scale is None:
+            from antiphon.kernels.experts import experts, fits
+
+            if fits(x, chosen):
+                return experts(x, chosen, weight, self.gate_up_proj, self.down_proj, residual)
+        slots, (_, inner, width) = chosen.flatten().long(), self.gate_up_proj.shape
         x = x.repeat_interleave(chosen.shape[1], 0)
         if grouped(self.gate_up_proj, self.gate_up_scale):
             y = self._grouped(x, slots)
         else:
             most = COPIED_ON_CUDA if x.is_cuda else COPIED_AT_MOST
             y = (self._together if slots.numel() * inner * width <= most else self._in_turn)(x, slots)
-        return torch.bmm(weight[:, None], y.view(*chosen.shape, width)).squeeze(1)
+        y = torch.bmm(weight[:, None].to(x.dtype), y.view(*chosen.shape, width)).squeeze(1)
+        return y if residual is None else residual + y
 
     @property
     def count(self) -> int:
@@ -365,17 +388,26 @@ class SparseMLP(Part):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[N, W] -> [N, W], added to `residual` if there is one."""
-        scores = self.gate(x)
-        if self.experts.count == 1:  # nothing to route: its weight is 1
-            y = self.experts.only(x)
+        if usable(x) and self.experts.count > 1 and isinstance(self.gate, Router):  # nobody stands in its place
+            from antiphon.kernels.experts import route
+
+            weight, chosen = route(F.linear(x, self.gate.weight), self.top_k, self.normalize)
+            y, residual = self.experts(x, chosen, weight, residual), None
         else:
-            weight, chosen = scores.topk(self.top_k, -1)
-            if self.normalize:
-                weight = weight / weight.sum(-1, keepdim=True)
-            y = self.experts(x, chosen, weight.to(x.dtype))
+            y = self._by_hand(x)
         if self.shared_expert is not None and self.shared_expert_gate is not None:
             y = torch.addcmul(y, self.shared_expert_gate(x).sigmoid(), self.shared_expert(x))
         return y if residual is None else residual + y
+
+    def _by_hand(self, x: Tensor) -> Tensor:
+        """What the experts give."""
+        scores = self.gate(x)
+        if self.experts.count == 1:  # nothing to route: its weight is 1
+            return self.experts.only(x)
+        weight, chosen = scores.topk(self.top_k, -1)
+        if self.normalize:
+            weight = weight / weight.sum(-1, keepdim=True)
+        return self.experts(x, chosen, weight)
 
 
 class DecoderLayer(Part):

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from antiphon.binding import bound
+from antiphon.caches import FrameCache
 from antiphon.config import DecoderConfig
 from antiphon.layers import Decoder, Linear
-from antiphon.streaming import FrameCache
 
 
 class MTPModel(Decoder):

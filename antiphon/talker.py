@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from antiphon.binding import Bound, Part, bound
+from antiphon.caches import KVCache
 from antiphon.config import TALKER_SPECIALS, DecoderConfig, OmniConfig, TalkerConfig
 from antiphon.layers import Decoder
-from antiphon.streaming import KVCache
 
 NO_CODE = -1  # nothing on the codec channel
 CLONED = -2  # in the speaker slot: a voice that is a vector of its own, not a row of the embedding
@@ -119,9 +119,9 @@ class Talker(Part):
         return self.model(x, state, positions)[0]
 
     def bind(self) -> Bound:
-        """As `forward`, given x and a state."""
+        """As `forward`, given x, a state and positions."""
         model = bound(self.model)
-        return lambda x, state=None: model(x, state)[0]
+        return lambda x, state=None, positions=None: model(x, state, positions)[0]
 
     def suppressed(self, device: torch.device) -> Tensor:
         """Mask [V] of ids that are never drawn: the control ids, except the one that ends speech."""

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from antiphon.binding import Bound, Part, bound
+from antiphon.caches import KVCache
 from antiphon.config import DecoderConfig
 from antiphon.layers import Decoder
-from antiphon.streaming import KVCache
 
 
 class ThinkerModel(Decoder):
@@ -51,9 +51,9 @@ class Thinker(Part):
         return self.model(x, state, positions, self.accept_layer)
 
     def bind(self) -> Bound:
-        """As `forward`, given x and a state."""
+        """As `forward`, given x, a state and positions."""
         model = bound(self.model)
-        return lambda x, state=None: model(x, state, None, self.accept_layer)
+        return lambda x, state=None, positions=None: model(x, state, positions, self.accept_layer)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores [.., V] of the next token."""

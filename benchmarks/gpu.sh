@@ -26,11 +26,14 @@ part() { # name, seconds, command …
 : >"$folder/summary.txt"
 part machine 20 "$python" -c "import torch; print(torch.__version__, torch.version.cuda); \
 print(torch.cuda.get_device_name(), torch.cuda.mem_get_info())"
-part exact 110 "$python" -m benchmarks.gpu --device cuda --out "$folder/exact.json"
-part tiny 120 "$python" -c "from antiphon.cli import main; main()" bench tiny --device cuda --dtype float32 -c 1 -c 16 -c 32 -c 64 \
-    --max-frames 50 --out "$folder/tiny.json"
-part release 220 "$python" -c "from antiphon.cli import main; main()" bench --random release --device cuda --dtype bfloat16 -c 1 -c 16 -c 32 -c 64 \
-    --max-frames 50 --uploaded --out "$folder/release.json"
+part kernels 60 "$python" -m pytest -q --noconftest -o addopts= -p no:cacheprovider tests/test_kernels.py \
+    tests/test_kernels_draw.py tests/test_kernels_experts.py
+part exact 80 "$python" -m benchmarks.gpu --device cuda --out "$folder/exact.json"
+part steps 80 "$python" -m benchmarks.gpu_steps
+part release 170 "$python" -c "from antiphon.cli import main; main()" bench --random release --device cuda --dtype bfloat16 \
+    --capacity 64 -c 1 -c 16 -c 32 -c 64 --turns 4 --max-frames 50 --uploaded --out "$folder/release.json"
+part tiny 60 "$python" -c "from antiphon.cli import main; main()" bench tiny --device cuda --dtype float32 --capacity 64 \
+    --question examples/question.wav -c 1 -c 16 -c 64 --max-frames 50 --out "$folder/tiny.json"
 echo "== summary"
 cat "$folder/summary.txt"
 exit "$status"

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from antiphon.audio import Samples
-from antiphon.engine.engine import LIVE_WINDOW
+from antiphon.engine.thinking import LIVE_WINDOW
 from antiphon.generate import Omni, load
 from antiphon.serve.listening import Listener
 from antiphon.serve.sounds import WIRE_RATE

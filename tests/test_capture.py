@@ -1,6 +1,7 @@
 """Recorded steps give what the boxes give, after pasts of any length; blocks of a pool are a cache like any other."""
 
 import gc
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,17 +9,23 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-import antiphon.engine.lanes
+import antiphon.caches
+import antiphon.code2wav
+import antiphon.engine.capture
+import antiphon.engine.sounding
+import antiphon.engine.speaking
+import antiphon.engine.thinking
+import antiphon.layers
 from antiphon.binding import bound
+from antiphon.caches import CACHE_BLOCK, FrameCache, KVCache
 from antiphon.engine import Engine
 from antiphon.engine.blocks import BlockCache, BlockPool
-from antiphon.engine.capture import OneStep
-from antiphon.engine.lanes import Speaking
+from antiphon.engine.capture import Steps
+from antiphon.engine.speaking import Speaking
 from antiphon.errors import BusyError, CapacityError
 from antiphon.generate import Session, collect
 from antiphon.layers import Attention, Experts, rotary, rotate
 from antiphon.sampling import GREEDY
-from antiphon.streaming import CACHE_BLOCK, FrameCache, JoinedCaches, KVCache
 from tests.models import CPU, assert_same, omni
 from tests.test_engine import alone, options, same, say
 
@@ -37,9 +44,9 @@ def steps(count: int, seed: int = 0) -> Tensor:
     return torch.randn(count, 32, generator=torch.Generator().manual_seed(seed))
 
 
-def one_step(pool: BlockPool | None) -> OneStep:
+def one_step(pool: BlockPool | None) -> Steps:
     decode = bound(thinker().model)
-    return OneStep(lambda caches, places, x: decode(x[None], caches, places)[0].unbind(), cache(), pool)
+    return Steps(lambda caches, places, x: decode(x[None], caches, places)[0].unbind(), cache(), pool)
 
 
 @torch.inference_mode()
@@ -96,8 +103,25 @@ def test_blocks_of_a_pool_are_a_cache_like_any_other():
     for own in (fork, saved, pool.hold(saved.copy())):
         if own.filled == 200:
             assert_same(thinker()(x, own)[0], expected)
-    joined, other = JoinedCaches([pool.hold(cache()), held], [3, 4], 8), JoinedCaches([cache(), cache()], [3, 4], 8)
-    assert_same(thinker()(steps(8)[None], joined)[0][0, :3], thinker()(steps(8)[None], other)[0][0, :3])
+
+
+@torch.inference_mode()
+def test_several_positions_of_each_cache_are_read_end_to_end():
+    """With a pool by a recording, which serves other numbers of them too; without by the statements."""
+    pool, whole = BlockPool.like(cache(), 16), [steps(length, length) for length in (240, 20, 3)]
+    ways = [(one_step(own), [cache() if own is None else own.hold(cache()) for _ in whole]) for own in (pool, None)]
+    for counts in ([240, 20, 3], [2, 7, 4], [9, 1, 3]):
+        x = steps(sum(counts), 100 + counts[0])
+        if counts[0] == 240:
+            x = torch.cat(whole)
+        else:
+            whole = [torch.cat([past, part]) for past, part in zip(whole, x.split(counts), strict=True)]
+        for step, caches in ways:
+            found = step(caches, x, steps=counts)[0].split(counts)
+            for row, past in enumerate(whole):
+                assert caches[row].filled == int(caches[row].length) == len(past)
+                assert_same(found[row][-1], thinker()(past[None])[0][0, -1])
+    assert len(ways[0][0].records) == 2  # 13 positions are padded to 16 as others are
 
 
 @torch.inference_mode()
@@ -118,9 +142,15 @@ def test_blocks_go_back_to_the_pool_and_none_is_left_when_all_are_taken():
     assert len(pool.free) == 3
 
 
+def in_pools(monkeypatch: Any, blocks: int) -> None:
+    """Engines that are made from now on have pools, as on CUDA."""
+    for lane in (antiphon.engine.speaking, antiphon.engine.thinking):
+        monkeypatch.setattr(lane, "pool_for", lambda cache: BlockPool.like(cache, blocks))
+
+
 def test_an_engine_whose_caches_are_blocks_gives_what_the_readable_loop_gives(monkeypatch, tmp_path):
     """As on CUDA, but for the graphs: two turns of three, with a cut, a save and a fork between them."""
-    monkeypatch.setattr(antiphon.engine.lanes, "pool_for", lambda cache: BlockPool.like(cache, 60))
+    in_pools(monkeypatch, 60)
     engine = Engine(omni())
     calls, seeds = [engine.open(window=1) for _ in range(3)], (0, 5, 10)  # which draw in the same way
     answers = [ask(call, seed) for call, seed in zip(calls, seeds, strict=True)]
@@ -152,15 +182,15 @@ def ask(conversation: Any, seed: int) -> Any:
 
 def test_a_frame_that_fails_in_one_way_is_undone_in_the_others(monkeypatch):
     """Two draw their codes in one way and are done when the third, which draws otherwise, raises."""
-    engine, sound = Engine(omni()), Speaking.sound
+    engine, codes = Engine(omni()), Speaking.codes
     calls = [engine.open() for _ in range(3)]
 
     def failing(self: Speaking, way: Any, some: Any, hidden: Tensor) -> Any:
         if any(call is calls[2] and turn.frames == 3 for call, turn in some):
             raise RuntimeError("broken on purpose")
-        return sound(self, way, some, hidden)
+        return codes(self, way, some, hidden)
 
-    monkeypatch.setattr(Speaking, "sound", failing)
+    monkeypatch.setattr(Speaking, "codes", failing)
     how = {"max_frames": 6, "max_text_tokens": 12, "verbatim": True}
     ways = [{"seed": 1}, {"seed": 2}, {"seed": 3, "residual": GREEDY}]
     for call in calls:
@@ -199,7 +229,7 @@ def test_rotary_positions_of_a_bfloat16_model_are_rounded_once():
 
 
 def test_who_does_not_fit_into_the_pool_is_refused_at_the_door(monkeypatch):
-    monkeypatch.setattr(antiphon.engine.lanes, "pool_for", lambda cache: BlockPool.like(cache, 5))
+    in_pools(monkeypatch, 5)
     engine = Engine(omni())
     call = engine.open()
     call.append_text("word " * 300)
@@ -212,3 +242,35 @@ def test_who_does_not_fit_into_the_pool_is_refused_at_the_door(monkeypatch):
     del call
     gc.collect()
     engine.open()
+
+
+@pytest.mark.long
+def test_an_engine_on_kernels_gives_what_the_readable_loop_gives(monkeypatch):
+    """As on CUDA, but for the graphs: blocks of a pool, recorded ears, and every kernel in Triton's interpreter."""
+    pytest.importorskip("triton")
+    shape = {f"{part}.head_dim": 16 for part in ("thinker_config.text_config", "talker_config.text_config")}
+    model = omni({**shape, "talker_config.code_predictor_config.head_dim": 16})
+    how, expected = {"max_frames": 3, "max_text_tokens": 4, "verbatim": True}, list[Any]()
+    for seed in (0, 1):
+        session = Session(model, window=1)
+        say(session, seed)
+        expected.append(collect(session.respond(seed=seed, **how)))
+    from antiphon.kernels import attention
+
+    used, real = list[int](), attention.attend
+    monkeypatch.setattr(attention, "attend", lambda *given: used.append(given[4]) or real(*given))
+    for user in (antiphon.layers, antiphon.engine.speaking, antiphon.code2wav):
+        monkeypatch.setattr(user, "usable", lambda like: not torch.is_grad_enabled())
+    in_pools(monkeypatch, 20)
+    for user in (antiphon.engine.capture, antiphon.engine.thinking, antiphon.engine.speaking, antiphon.engine.sounding):
+        monkeypatch.setattr(user, "capture", lambda step, state, *_: partial(step, state))
+    monkeypatch.setattr(antiphon.caches, "in_blocks", lambda positions: True)
+    engine = Engine(model)
+    calls = [engine.open(window=1) for _ in range(2)]
+    for seed, call in enumerate(calls):
+        say(call, seed)
+    answers = [call.respond(seed=seed, **how) for seed, call in enumerate(calls)]
+    engine.run()
+    for events, reply in zip(answers, expected, strict=True):
+        same(reply, events.reply())
+    assert len(used) > 3 * (2 + 4), "of two layers of the Talker, and of MTP's one, which takes a step for each code"

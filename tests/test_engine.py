@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from antiphon.audio import Samples
+from antiphon.caches import KVCache, Span
 from antiphon.engine import Answering, Call, Engine
 from antiphon.engine.call import CHUNK, KEPT_FRAMES, EngineSession
-from antiphon.engine.lanes import Speaking, Thinking
+from antiphon.engine.sounding import Sounding
+from antiphon.engine.speaking import PATIENCE, Speaking
+from antiphon.engine.thinking import Thinking
 from antiphon.errors import BusyError, CapacityError, InputError
 from antiphon.generate import AudioDelta, Event, Reply, Session, TextDelta, collect
 from antiphon.sampling import GREEDY, Sampling
-from antiphon.streaming import KVCache, Span
 from tests.models import omni
 
 RATE = 16000
@@ -154,7 +156,8 @@ class Script:
             yield event
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_conversations_join_leave_interrupt_and_resume_at_random(seed, tmp_path):
     engine, random = Engine(model()), np.random.default_rng(seed)
     scripts: list[Script] = []
@@ -201,7 +204,7 @@ def test_company_of_one_bucket_changes_no_bit():
     assert torch.equal(first.codes[:count], second.codes[:count])
 
 
-@pytest.mark.parametrize("place", ["hear", "lay_out", "thinker", "draw", "follow", "frames", "close", "wish"])
+@pytest.mark.parametrize("place", ["hear", "lay_out", "thinker", "draw", "follow", "codes", "sound", "close", "wish"])
 def test_one_that_raises_ends_alone(monkeypatch, place):
     engine = Engine(model())
     calls = [engine.open(window=1) for _ in range(4)]
@@ -213,7 +216,8 @@ def test_one_that_raises_ends_alone(monkeypatch, place):
         "thinker": (Thinking, "read"),
         "draw": (Thinking, "draw"),
         "follow": (Speaking, "follow"),
-        "frames": (Speaking, "sound"),
+        "codes": (Speaking, "codes"),
+        "sound": (Sounding, "sound"),
         "wish": (EngineSession, "text_steps"),
     }[place]
     run = getattr(lane, name)
@@ -223,7 +227,7 @@ def test_one_that_raises_ends_alone(monkeypatch, place):
             self is bad.session
             if place == "wish"
             else any(bad in pair for pair in rest[0])
-            if place == "frames"
+            if place == "codes"
             else some is bad
             if place in ("lay_out", "close")
             else bad in some
@@ -334,7 +338,7 @@ def test_what_is_said_next_does_not_disturb_the_talker_at_its_reading(monkeypatc
     def read(is_disturbed: bool) -> Tensor:
         """The Talker's past of two messages; the second, a long one, may come while it reads the first."""
         engine = Engine(model())
-        call, (thinking, speaking) = engine.open(), engine.lanes
+        call, (thinking, speaking, _) = engine.open(), engine.lanes
         call.append_message({"role": "user", "content": "one " * 60})
         while not call.following:
             thinking.step()
@@ -435,6 +439,25 @@ def test_what_is_due_first_is_served_first():
     assert late.reply().finish
 
 
+def test_who_comes_new_does_not_make_others_stutter():
+    """While somebody hears the last of what there is, frames go before a newcomer's reading, for a while."""
+    clock = Clock()
+    engine = Engine(model(), clock=clock)
+    speaking, coming = engine.open(), engine.open()
+    speaking.append_text("hello")
+    heard = speaking.respond(max_frames=20, max_text_tokens=400, verbatim=True, ahead=1.0, seed=4)
+    engine.run(until=lambda: speaking.turn is not None and speaking.turn.frames == 2)
+    done = len(engine.work)
+    clock.time += 1.0  # a player has long played two frames
+    coming.append_text("hello")
+    coming.respond(max_frames=3, max_text_tokens=20, ahead=1.0)
+    engine.run(until=lambda: any(work.name == "talker" for work in list(engine.work)[done:]))
+    order = [work.name for work in list(engine.work)[done:] if work.lane == "speaking"]
+    assert order == ["frame"] * PATIENCE + ["talker"] or order == ["frame"] * PATIENCE + ["talker", "frame"]
+    engine.run()
+    assert heard.reply().finish
+
+
 def test_one_more_than_there_is_room_for_is_refused():
     engine = Engine(model(), capacity=2)
     calls = [engine.open(), engine.open()]
@@ -456,9 +479,9 @@ def test_who_comes_as_another_leaves_gets_the_place():
 
 
 def test_the_capacity_is_what_the_machine_keeps_in_time(monkeypatch):
-    """A machine on which a step of n conversations takes 10 + 7 n ms keeps seven of them in frames of 80 ms."""
+    """A machine on which a frame of n conversations takes 10 + 7 n ms keeps seven of them in frames of 80 ms."""
     engine = Engine(model())
-    monkeypatch.setattr(engine, "_step_of", lambda rows: 0.010 + 0.007 * rows)
+    monkeypatch.setattr(engine, "_pace_of", lambda rows: 0.010 + 0.007 * rows)
     assert engine.measure() == 6  # of 1, 2, 3, 4, 6, 8, …
     monkeypatch.undo()
     assert 1 <= engine.measure(2) <= 2
@@ -609,7 +632,7 @@ def test_who_waits_for_an_answer_is_told_when_the_engine_stops():
 
 def test_an_answer_whose_sound_ends_first_when_it_is_cancelled_comes_to_its_end():
     engine = Engine(model())
-    call, (thinking, speaking) = engine.open(), engine.lanes
+    call, (thinking, speaking, _) = engine.open(), engine.lanes
     call.append_text("hello")
     events = call.respond(max_frames=2000, verbatim=True)
     while not (call.turn and call.turn.frames):
@@ -702,11 +725,19 @@ def test_an_answer_begun_early_is_the_one_that_is_asked_for(seed):
 
 def test_an_answer_is_taken_over_between_two_steps_of_the_speaking_lane(monkeypatch):
     """Else the lane, which has just looked who is there, would meet the work twice: in the fork and in the call."""
-    fork, begun, go = Engine.fork, threading.Event(), threading.Event()
+    fork, step, begun, go = Engine.fork, Speaking.step, threading.Event(), threading.Event()
+    at = threading.local()
+
+    def stepping(self: Speaking) -> bool:
+        at.it = True
+        try:
+            return step(self)
+        finally:
+            at.it = False
 
     class Slow(list[Call]):
         def __iter__(self) -> Iterator[Call]:
-            if threading.current_thread().name.endswith("speaking") and not go.is_set() and self[-1].following:
+            if getattr(at, "it", False) and not go.is_set() and self[-1].following:
                 begun.set()
                 assert go.wait(30)
             return super().__iter__()
@@ -717,6 +748,7 @@ def test_an_answer_is_taken_over_between_two_steps_of_the_speaking_lane(monkeypa
         return made
 
     monkeypatch.setattr(Engine, "fork", forking)
+    monkeypatch.setattr(Speaking, "step", stepping)
     with Engine(model()) as engine:
         call = engine.open(window=1)
         say(call, 1)
@@ -765,7 +797,9 @@ def resident() -> int:
 def test_a_soak_leaves_no_call_no_thread_and_no_memory(seconds):
     """Conversations that come, ask, leave in the middle or hear all of it, as fast as they may."""
     threads, random, sizes = threading.active_count(), np.random.default_rng(0), []
-    with Engine(model(), capacity=12) as engine:
+    engine = Engine(model(), capacity=12)
+    engine.warm(2)  # what is recorded stays
+    with engine:
         start = engine.now()
         while engine.now() - start < seconds:
             try:

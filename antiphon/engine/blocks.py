@@ -3,7 +3,7 @@
 A conversation's cache is a list of blocks. A step of many reads and writes through a table of them, so one recording
 serves whoever is in it; memory is one pool whose size is known before the first conversation comes.
 
-Shapes: L layers, N blocks, H heads, S slots of a block, D head size, R rows, n blocks of the longest row, T steps.
+Shapes: L layers, B blocks, H heads, S slots of a block, D head size, N steps, n blocks of the longest sequence.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from antiphon.caches import CACHE_BLOCK, KVCache, Pages, Span, visible
 from antiphon.errors import CapacityError
-from antiphon.streaming import CACHE_BLOCK, KVCache, Span, State, by_row, visible
+from antiphon.streaming import State, by_row
 
 SHARE = 0.5  # of the memory that is free, for one pool: the Talker's comes after the Thinker's, a quarter is for work
 MOST = 512  # conversations that a pool is made for at most
@@ -27,7 +28,7 @@ MOST = 512  # conversations that a pool is made for at most
 class BlockPool(State):
     """All blocks; the first is nobody's, for rows that are there to fill a bucket."""
 
-    k: Tensor = by_row(1)  # [L, N, H, S, D]
+    k: Tensor = by_row(1)  # [L, B, H, S, D]
     v: Tensor = by_row(1)
     free: deque[int] = field(default_factory=deque)
 
@@ -54,21 +55,23 @@ class BlockPool(State):
         """What `cache` of one row holds, in blocks of this pool."""
         if isinstance(cache, BlockCache):
             return cache
-        new = BlockCache(cache.k[:, :, :, :0], cache.v[:, :, :, :0], cache.length.clone(), cache.capacity, pool=self)
+        empty = (cache.k[:, :, :, :0], cache.v[:, :, :, :0], cache.length.cpu().clone())  # counted where it is free
+        new = BlockCache(*empty, cache.capacity, pool=self)
         new.load(cache.tensors())
         return new
 
-    def table(self, caches: Sequence[BlockCache], rows: int) -> tuple[Tensor, Tensor]:
-        """The blocks [R, n] of each with room for one more step, and its length [R]; n is a power of two."""
-        for cache in caches:
-            cache.reserve(cache.filled + 1)
-        most = max(len(cache.blocks) for cache in caches)
-        width = 1 << (most - 1).bit_length()
-        blocks = [cache.blocks + [0] * (width - len(cache.blocks)) for cache in caches]
-        places = [cache.filled for cache in caches]
-        idle = rows - len(caches)
-        table = torch.tensor(blocks + [[0] * width] * idle, device=self.k.device)
-        return table, torch.tensor(places + [0] * idle, device=self.k.device)
+    def places(self, caches: Sequence[BlockCache], steps: Sequence[int], padded: int) -> tuple[Tensor, Tensor]:
+        """Of the next `steps` of each cache, `padded` in all: blocks [N, n], n a power of two, and places [N]."""
+        for cache, own in zip(caches, steps, strict=True):
+            cache.reserve(cache.filled + own)
+        width = 1 << (max(len(cache.blocks) for cache in caches) - 1).bit_length()
+        table, place = list[list[int]](), list[int]()
+        for cache, own in zip(caches, steps, strict=True):
+            table += [cache.blocks + [0] * (width - len(cache.blocks))] * own
+            place += range(cache.filled, cache.filled + own)
+        idle = padded - len(place)
+        laid = (table + [[0] * width] * idle, place + [0] * idle)
+        return torch.tensor(laid[0], device=self.k.device), torch.tensor(laid[1], device=self.k.device)
 
 
 def pool_for(cache: KVCache) -> BlockPool | None:
@@ -109,9 +112,7 @@ class BlockCache(KVCache):
 
     def span(self, steps: int) -> Span:
         """Room for `steps` more."""
-        self.reserve(self.filled + steps)
-        table = torch.tensor([self.blocks], device=self.k.device)
-        return BlockSpan(self.store, table, torch.tensor([self.filled], device=self.k.device), steps, self)
+        return BlockSpan(self.store, *self.store.places([self], [steps], steps), self)
 
     def truncate(self, length: int, row: int = 0) -> None:
         """Cut back to the first `length` slots; blocks that are no longer needed are given back."""
@@ -145,30 +146,39 @@ class BlockCache(KVCache):
 
 
 class BlockSpan:
-    """`steps` more of several rows, whose blocks are in a table [R, n] and whose lengths [R] only the device knows."""
+    """Steps of any sequences, end to end, each with the blocks of its own in a table [N, n] and its place [N] there.
 
-    def __init__(
-        self, pool: BlockPool, table: Tensor, length: Tensor, steps: int, cache: BlockCache | None = None
-    ) -> None:
-        self.pool, self.table, self.steps, self.cache = pool, table, steps, cache
-        self.positions = length[:, None] + torch.arange(steps, device=table.device)
-        slots = torch.arange(table.shape[1] * CACHE_BLOCK, device=table.device)
-        self.mask: Tensor | None = visible(self.positions, slots[None], None)
-        self.block, self.slot = table.gather(1, self.positions // CACHE_BLOCK), self.positions % CACHE_BLOCK
+    To the boxes each is a row of one step, so that a recording serves whoever they are, and however many of each.
+    """
+
+    def __init__(self, pool: BlockPool, table: Tensor, place: Tensor, cache: BlockCache | None = None) -> None:
+        self.pool, self.table, self.positions, self.cache = pool, table, place[:, None], cache
+        self.steps = 1
+        self._mask: Tensor | None = None
+        block, slot = table.gather(1, self.positions // CACHE_BLOCK)[:, 0], place % CACHE_BLOCK
+        self.pages = Pages(pool.k, pool.v, block, slot, table, place)
+
+    @property
+    def mask(self) -> Tensor:
+        """[N, 1, 1, n * S], made once, for whoever has no kernel that needs none."""
+        if self._mask is None:
+            slots = torch.arange(self.table.shape[1] * CACHE_BLOCK, device=self.table.device)
+            self._mask = visible(self.positions, slots[None], None)
+        return self._mask
 
     def span(self, steps: int) -> BlockSpan:
-        """Itself: the rows lie end to end in the input, each with its steps."""
+        """Itself."""
         return self
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put keys and values [R, T, H, D] in their blocks; returns those of all blocks [R, H, n * S, D]."""
+        """Put keys and values [N, 1, H, D] in their blocks; returns those of all blocks [N, H, n * S, D]."""
         return self._through(self.pool.k[layer], k), self._through(self.pool.v[layer], v)
 
     def _through(self, pool: Tensor, x: Tensor) -> Tensor:
-        pool[self.block, :, self.slot] = x
+        pool[self.pages.block, :, self.pages.slot] = x[:, 0]
         return pool[self.table].transpose(1, 2).flatten(2, 3)
 
     def close(self) -> None:
         """The steps are past, where there is one cache to count them."""
         if self.cache is not None:
-            self.cache.advance(self.steps)
+            self.cache.advance(len(self.positions))

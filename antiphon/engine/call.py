@@ -10,10 +10,10 @@ Shapes: T positions, U the Thinker's width, W the Talker's.
 from __future__ import annotations
 
 import queue
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -188,9 +188,8 @@ class House(Protocol):
         """All conversations, in a list that is never changed."""
         ...
 
-    @property
-    def speaking(self) -> threading.Lock:
-        """Held by the speaking lane in every step."""
+    def between_steps(self) -> AbstractContextManager[Any]:
+        """Where no lane but the Thinker's is in a step."""
         ...
 
     def now(self) -> float:
@@ -228,7 +227,7 @@ class Turn:
     spoken: bool = False  # no more frames come
     ahead: float | None = None  # seconds that sound may be ahead of who listens to it; None is any
     generation: int = 0  # of the session: with another, the answer is cancelled
-    first_at: float | None = None  # on the engine's clock, of the first frame
+    first_at: float | None = None  # on the engine's clock, of the first sound
     residue: Tensor | None = None  # [W] codec channel of the next frame: the codes of the last one
     filter: Spoken | None = None
 
@@ -238,9 +237,14 @@ class Turn:
         return len(self.speech.codes)
 
     @property
+    def silent(self) -> int:
+        """Frames whose sound has not been made."""
+        return self.frames - len(self.speech.sound)
+
+    @property
     def is_over(self) -> bool:
         """Whether both its text and its sound have come to an end."""
-        return self.spoken and self.thought.finish is not None
+        return self.spoken and not self.silent and self.thought.finish is not None
 
     def due(self, seconds: float) -> float:
         """When the next frame, each of `seconds`, has to be there, for a listener who began with the first."""
@@ -385,7 +389,10 @@ class Call:
         return self._wish(lambda: self._become(session), settled=True)
 
     def cancel(self) -> None:
-        """Stop the answer that is being given or was asked for, within a frame; it ends with finish = "cancelled"."""
+        """Stop the answer that is being given or was asked for; it ends with finish = "cancelled".
+
+        No frame is begun after this; two that were may still come.
+        """
         self._forget()
         for events in [*self._asked]:
             events.cancelled = True
@@ -502,13 +509,13 @@ class Call:
             if fork is not None:
                 self._house.leave(fork)
             return self._begin(guess.events, options, ahead, changes)
-        with self._house.speaking:  # between two steps of the other lane, which may be at the fork
+        with self._house.between_steps():  # the other lanes may be at the fork
             self._house.leave(fork)
             self.session, self.reading, self.following = fork.session, fork.reading, fork.following
             self.turn = fork.turn
         guess.events.limit = KEPT_FRAMES
         if self.turn is not None:
-            self.turn.ahead, self.turn.first_at = ahead, self._house.now() if self.turn.frames else None
+            self.turn.ahead, self.turn.first_at = ahead, self._house.now() if self.turn.speech.sound else None
         if guess.events.cancelled:
             self.session.cancel()
         return None

@@ -7,6 +7,7 @@ a few sizes (`BUCKETS`), for each of which there is one recording.
 from __future__ import annotations
 
 import bisect
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -17,12 +18,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from antiphon.caches import CACHE_BLOCK, JoinedCaches, KVCache, Past
 from antiphon.engine.blocks import BlockCache, BlockPool, BlockSpan
-from antiphon.streaming import CACHE_BLOCK, JoinedCaches, KVCache, Past, State
+from antiphon.streaming import State
 
 Step: TypeAlias = Callable[..., tuple[Tensor, ...]]
 
 BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # rows of a matrix product
+
+# a lane that begins a graph waits for the device, which must not be recording for the other
+RECORDING = threading.Lock()
 
 WIDTHS = (1, 2, 4)  # blocks of the longest of several conversations; a wider table is recorded when it comes
 
@@ -118,6 +123,11 @@ class Tape(TorchDispatchMode):
 
 
 def _graph(step: Step, state: State, examples: Sequence[Tensor], memory: Any) -> Step:
+    with RECORDING:
+        return _recorded(step, state, examples, memory)
+
+
+def _recorded(step: Step, state: State, examples: Sequence[Tensor], memory: Any) -> Step:
     inputs = [example.clone() for example in examples]
     device = inputs[0].device
     torch.cuda.current_stream(device).synchronize()
@@ -126,11 +136,11 @@ def _graph(step: Step, state: State, examples: Sequence[Tensor], memory: Any) ->
         for _ in range(2):  # libraries choose their kernels and take their workspaces
             step(state, *inputs)
     side.synchronize()
-    # the other lane goes on in its thread while this one records
+    # the other lanes go on in their threads while this one records
     with torch.cuda.graph(graph, memory, side, capture_error_mode="thread_local"):
         outputs = step(state, *inputs)
 
-    def replay(*given: Tensor) -> tuple[Tensor, ...]:
+    def replay(*given: Tensor, kept: object = (step, state)) -> tuple[Tensor, ...]:  # whose tensors the graph reads
         for own, value in zip(inputs, given, strict=True):
             own.copy_(value)
         graph.replay()
@@ -144,11 +154,11 @@ def graph_memory(device: torch.device) -> Any:
     return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
 
-class OneStep:
-    """One position of each of several conversations, after caches of any length.
+class Steps:
+    """The next positions of each of several conversations, after caches of any length.
 
-    `run(caches, positions, *inputs [B, …])` is what is recorded, inputs and outputs with a row for each conversation;
-    positions are [1, B], or None where the caches know them. `nobody` is an empty cache for rows that are there to fill
+    `run(caches, positions, *inputs [N, …])` is what is recorded, inputs and outputs with a row for each position;
+    positions are [1, N], or None where the caches know them. `nobody` is an empty cache for rows that are there to fill
     a bucket; with a pool, the caches are all blocks of it.
     """
 
@@ -156,27 +166,40 @@ class OneStep:
         self.run, self.nobody, self.pool, self.memory = run, nobody, pool, memory
         self.records = dict[tuple[int, int], Step]()
 
-    def __call__(self, caches: Sequence[KVCache], *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The outputs for inputs [B, …] of as many caches, each of which is a step longer afterwards."""
-        rows, padded = bucket(len(caches)), [padded_rows(x)[0] for x in inputs]
-        outputs = (
-            self._alone(caches, rows, padded) if self.pool is None else self._pooled(self.pool, caches, rows, padded)
-        )
-        for cache in caches:
-            cache.advance(1)
-        return tuple(output[: len(caches)] for output in outputs)
+    def __call__(
+        self, caches: Sequence[KVCache], *inputs: Tensor, steps: Sequence[int] | None = None
+    ) -> tuple[Tensor, ...]:
+        """The outputs for inputs [N, …]: `steps` positions of each cache, which they lengthen, end to end.
 
-    def warm(self, rows: int, *inputs: Tensor) -> None:
-        """Record for so many rows; with a pool, for tables as wide as those of most conversations."""
-        for width in WIDTHS if self.pool else (1,):
-            caches = [self.nobody.copy() for _ in range(rows)]
-            held: list[KVCache] = [self.pool.hold(cache) for cache in caches] if self.pool else [*caches]
-            held[0].advance(width * CACHE_BLOCK - 1)
-            self(held, *inputs)
+        By default one of each. With a pool, outputs are valid until the next call of whoever shares its memory.
+        """
+        count, padded = len(inputs[0]), [padded_rows(x)[0] for x in inputs]
+        if steps is not None and self.pool is None:  # of so many shapes that nothing is worth a recording
+            outputs = self.run(JoinedCaches(caches, steps, len(padded[0])), None, *padded)
+        else:
+            steps = [1] * len(caches) if steps is None else steps
+            outputs = (
+                self._alone(caches, padded) if self.pool is None else self._pooled(self.pool, caches, steps, padded)
+            )
+            for cache, own in zip(caches, steps, strict=True):
+                cache.advance(own)
+        return tuple(output[:count] for output in outputs)
 
-    def _alone(self, caches: Sequence[KVCache], rows: int, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def warm(self, count: int, *inputs: Tensor) -> None:
+        """Record for so many positions; with a pool, for tables as wide as those of most conversations."""
+        if self.pool is None:
+            self([self.nobody.copy() for _ in range(count)], *inputs)
+            return
+        for slots in (width * CACHE_BLOCK for width in WIDTHS):
+            if count <= slots <= self.nobody.capacity:
+                cache = self.pool.hold(self.nobody)
+                cache.advance(slots - count)
+                self([cache], *inputs, steps=[count])
+
+    def _alone(self, caches: Sequence[KVCache], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """With caches that have memory of their own: each past is an input, of any length."""
-        every, count = [*caches, *[self.nobody] * (rows - len(caches))], len(inputs)
+        rows, count = len(inputs[0]), len(inputs)
+        every = [*caches, *[self.nobody] * (rows - len(caches))]
         places = torch.tensor([[cache.filled for cache in every]])
         given = [places, *inputs, *[part for cache in every for part in cache.past()]]
 
@@ -190,15 +213,16 @@ class OneStep:
         return self.records[rows, 0](*given)
 
     def _pooled(
-        self, pool: BlockPool, caches: Sequence[KVCache], rows: int, inputs: Sequence[Tensor]
+        self, pool: BlockPool, caches: Sequence[KVCache], steps: Sequence[int], inputs: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
-        """With blocks of a pool, which the table of the rows finds: one recording for every width of it."""
-        table, length = pool.table([cache for cache in caches if isinstance(cache, BlockCache)], rows)
+        """With blocks of a pool, which a table finds for each position: one recording for every width of it."""
+        held = [cache for cache in caches if isinstance(cache, BlockCache)]
+        table, place = pool.places(held, steps, len(inputs[0]))
 
-        def step(pool: BlockPool, table: Tensor, length: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-            return self.run(BlockSpan(pool, table, length, 1), None, *inputs)
+        def step(pool: BlockPool, table: Tensor, place: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            return self.run(BlockSpan(pool, table, place), None, *inputs)
 
-        place = (rows, table.shape[1])
-        if place not in self.records:
-            self.records[place] = capture(step, pool, [table, length, *inputs], self.memory)
-        return self.records[place](table, length, *inputs)
+        shape = (len(place), table.shape[1])
+        if shape not in self.records:
+            self.records[shape] = capture(step, pool, [table, place, *inputs], self.memory)
+        return self.records[shape](table, place, *inputs)

@@ -12,30 +12,41 @@ A conversation gives what `generate.py` gives, whoever its neighbours are: the s
 from __future__ import annotations
 
 import bisect
+import itertools
 import json
+import os
 import statistics
 import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from antiphon.engine.call import Call, EngineSession, Work
-from antiphon.engine.lanes import BUCKETS, RETRY, Lane, Speaking, Thinking
+from antiphon.engine.capture import BUCKETS
+from antiphon.engine.lanes import RETRY, Lane
+from antiphon.engine.sounding import Sounding
+from antiphon.engine.speaking import Speaking
+from antiphon.engine.thinking import Thinking
 from antiphon.errors import BusyError
 from antiphon.generate import Omni
 
 KEPT_WORK = 100_000  # batches in the timeline
 PREFIXES = 16  # system turns whose caches are kept
-LIVE_WINDOW = 2  # seconds AuT attends over where somebody waits for the answer (docs/performance.md); released is 8
 RETENTION = 0.8  # of the model's positions, that a long conversation keeps
-IN_TIME = 0.8  # of a frame, that the steps of a full house may take
+IN_TIME = 2 / 3  # of a frame, that one of a full house may take: questions, the wire and others need some too
 TRIED = 10  # frames
 IDLE = 0.5  # seconds until a lane looks again if nobody wakes it
 LEAVING = 1.0  # seconds that a newcomer waits at most for the place of a call that was closed
+
+
+def threads(lanes: int = 3) -> int:
+    """How many step the lanes: one for each, or as there are cores; two at least, so that one may wait for a device."""
+    return min(lanes, max(2, os.cpu_count() or 1))
 
 
 class Engine:
@@ -53,10 +64,12 @@ class Engine:
         self.model, self.capacity, self._clock = model, capacity, clock
         self.calls: list[Call] = []
         self.work = deque[Work](maxlen=KEPT_WORK)
-        self.lanes: Sequence[Lane] = [Thinking(self)] + ([Speaking(self)] if model.speech is not None else [])
+        with torch.no_grad():  # parts are bound for inference
+            speaking = [Speaking(self), Sounding(self)] if model.speech is not None else []
+            self.lanes: Sequence[Lane] = [Thinking(self), *speaking]
         self._prefixes = OrderedDict[Any, EngineSession]()
         self._opened = 0
-        self._changed, self.speaking = threading.Condition(), threading.Lock()
+        self._changed = threading.Condition()
         self._ticket = 0  # changes with every reason to look for work
         self._threads: list[threading.Thread] = []
         self._running = False
@@ -168,10 +181,10 @@ class Engine:
     # ------------------------------------------------------------------------------------- its life
 
     def start(self) -> Engine:
-        """Step the lanes, each in a thread of its own."""
+        """Step the lanes, in as many threads as there are cores for them."""
         self._running = True
-        for lane in self.lanes:
-            thread = threading.Thread(target=self._serve, args=(lane,), name=f"antiphon-{lane.name}", daemon=True)
+        for number in range(threads(len(self.lanes))):
+            thread = threading.Thread(target=self._serve, name=f"antiphon-{number}", daemon=True)
             self._threads.append(thread)
             thread.start()
         return self
@@ -185,33 +198,33 @@ class Engine:
     def measure(self, most: int = BUCKETS[-1]) -> int:
         """How many conversations this machine keeps in time: from now on the capacity. Before `start`.
 
-        A step of all of them at once, Thinker's and frame's one after the other, has to leave a fifth of a frame.
+        Where all ask at once, the frames of the middle one have to leave a third of their time.
         """
         self.capacity, best = None, 1
         for rows in BUCKETS[: bisect.bisect_right(BUCKETS, most)]:
-            if self._step_of(rows) > IN_TIME * self.seconds:
+            if self._pace_of(rows) > IN_TIME * self.seconds:
                 break
             best = rows
         self.capacity = best
         return best
 
-    def _step_of(self, rows: int) -> float:
-        """Seconds that so many conversations at once take for a frame."""
-        calls = [self.open() for _ in range(rows)]
+    def _pace_of(self, rows: int) -> float:
+        """Seconds from frame to frame of the middle one of so many conversations that ask at once."""
         self.warm(rows)
-        for seed, call in enumerate(calls):
-            call.append_text("?")
-            call.respond(seed=seed, max_frames=TRIED, max_text_tokens=TRIED, verbatim=True)
-        done = len(self.work)
-        self.run()
+        calls, done = [self.open() for _ in range(rows)], len(self.work)
         for call in calls:
-            call.close()
-        self.run()
-        took = dict[str, list[float]]()
-        for work in list(self.work)[done:]:
-            if 2 * len(work.calls) > rows:  # answers may end early
-                took.setdefault(work.name, []).append(work.stop - work.start)
-        return sum(statistics.median(took[name]) for name in ("thinker", "draw", "frame") if name in took)
+            call.append_text("?")
+        limits = {"max_frames": TRIED, "max_text_tokens": TRIED, "verbatim": True, "ahead": TRIED * self.seconds}
+        answers = [call.respond(seed=seed, **limits) for seed, call in enumerate(calls)]
+        with self:
+            for answer in answers:
+                answer.reply()
+        made = defaultdict[str, list[float]](list)
+        for work in itertools.islice(self.work, done, None):
+            for name in work.calls if work.name == "sound" else ():
+                made[name].append(work.stop)
+        paces = [(stops[-1] - stops[0]) / (len(stops) - 1) for stops in made.values() if len(stops) > 1]
+        return statistics.median(paces) if paces else 0.0
 
     def stop(self) -> None:
         """Cancel every answer and end: who waits for one is told."""
@@ -238,23 +251,33 @@ class Engine:
         self._sweep()
 
     @torch.inference_mode()
-    def _serve(self, lane: Lane) -> None:
-        if self.model.device.type == "cuda":  # so that one lane's kernels need not wait for the other's
-            torch.cuda.set_device(self.model.device)
-            torch.cuda.set_stream(torch.cuda.Stream())
+    def _serve(self) -> None:
         while self._running:
             ticket = self._ticket
-            try:
+            if any(self._step(lane) for lane in sorted(self.lanes, key=lambda lane: lane.stepped)):
+                continue  # from the lane that has waited longest
+            with self._changed:
+                if self._ticket == ticket and self._running:
+                    self._changed.wait(IDLE)
+
+    def _step(self, lane: Lane) -> bool:
+        """A step of a lane that no other thread is at; whether there was anything."""
+        if not lane.stepping.acquire(blocking=False):
+            return False
+        try:
+            with lane.stream():
                 worked = lane.step()
-            except Exception as error:  # of the engine's own: whose it is nobody knows, and nobody is left waiting
-                for call in self.calls:
-                    call.fail(error)
-                worked = True
-            self._sweep()
-            if not worked:
-                with self._changed:
-                    if self._ticket == ticket and self._running:
-                        self._changed.wait(IDLE)
+        except Exception as error:  # of the engine's own: whose it is nobody knows, and nobody is left waiting
+            for call in self.calls:
+                call.fail(error)
+            worked = True
+        finally:
+            lane.stepped = self.now()
+            lane.stepping.release()
+        self._sweep()
+        if worked:
+            self.wake()  # who looked while it was at it passed it over
+        return worked
 
     @property
     def seconds(self) -> float:
@@ -270,6 +293,14 @@ class Engine:
         with self._changed:
             self._ticket += 1
             self._changed.notify_all()
+
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """Where no lane but the Thinker's is in a step."""
+        with ExitStack() as stack:
+            for lane in self.lanes[1:]:
+                stack.enter_context(lane.stepping)
+            yield
 
     def noted(self, work: Work) -> None:
         """A batch was run."""
