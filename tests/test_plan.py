@@ -20,6 +20,7 @@ SURE = {  # seconds that never vary
     "draw": Cost("thinking", 0.001, 0, 0, 0),
     "talker": Cost("speaking", 0.005, 0, 0, 0),
     "frame": Cost("speaking", 0.004, 0.010, 0, 0),
+    "sound": Cost("sounding", 0.003, 0.002, 0, 0),
 }
 TURNS = Turns(voiced=1.0, positions=30, rate=13, tokens=(4,), frames=(25,), seconds=0.08)
 
@@ -49,7 +50,7 @@ def test_what_never_varied_is_in_the_base_and_nothing_costs_less_than_nothing():
 
 def test_one_alone_waits_for_every_step_on_the_way_to_its_first_packet():
     figures = Device(SURE, TURNS, Load(1, turns=2)).run()
-    steps = 1 + 10 + (2 + 30 * 0.1) + 5 + 14  # wish, AuT, Thinker, Talker along, frame; the draw is beside the Talker
+    steps = 1 + 10 + (2 + 30 * 0.1) + 5 + 14 + 5  # wish, AuT, Thinker, Talker along, frame, sound; the draw is beside
     assert figures["code_ms"]["p50"] == pytest.approx(steps, abs=0.2)
     assert figures["packets"] == 50
     assert figures["late"]["0 ms"] == 0
@@ -64,8 +65,20 @@ def test_answers_are_late_when_a_frame_of_all_takes_longer_than_a_frame_lasts():
         figures = Device(SURE, turns, Load(at_once, turns=3, max_frames=100)).run()
         return figures["late"]["80 ms"] / figures["packets"]
 
-    assert late(6) == 0  # 4 + 6 · 10 = 64 ms
+    assert late(6) == 0  # 4 + 6 · 10 = 64 ms, and the sound is made beside the next
     assert late(16) > 0.5
+
+
+def test_lanes_wait_for_threads():
+    """A frame of 64 ms and its sound of 30 are 94: beside each other in time, and not in one thread."""
+    costs = {"frame": Cost("speaking", 0.064, 0, 0, 0), "sound": Cost("sounding", 0.030, 0, 0, 0)}
+
+    def late(threads: int) -> float:
+        turns = replace(TURNS, frames=(100,), threads=threads)
+        return Device(costs, turns, Load(2, turns=1, max_frames=100)).run()["late"]["80 ms"]
+
+    assert late(2) == 0
+    assert late(1) > 50
 
 
 def test_capacity_is_the_most_that_is_kept_and_says_what_gives_out():

@@ -1,11 +1,11 @@
 """How many machines a number of conversations needs, from what the parts of an answer cost on one.
 
     bench --out ──> costs: seconds of each kind of batch, by its calls and positions; turns: how much is said in one
-    Device: both lanes of an engine on these costs, event by event ──> latency, late packets, how busy each lane is
+    Device: the lanes of an engine on these costs, event by event ──> latency, late packets, how busy each lane is
     devices: who comes when others are there already ──> machines, and what a minute costs
 
 Nothing here is computed by a model: a batch takes the seconds that its like took when they were measured, and the rules
-by which the lanes choose their work are those of `engine.lanes`.
+by which the lanes choose their work are those of `engine.thinking`, `engine.speaking` and `engine.sounding`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from antiphon.bench.figures import summary
 from antiphon.bench.load import AHEAD, PIECE, Answered, Load, Packet
 from antiphon.engine.call import CHUNK
 from antiphon.engine.capture import BUCKETS
-from antiphon.engine.lanes import FIRST_WORDS, POSITIONS, WORDS_AHEAD
+from antiphon.engine.speaking import PATIENCE, SILENT
+from antiphon.engine.thinking import FIRST_WORDS, WORDS_AHEAD
 from antiphon.errors import InputError
 
 # ------------------------------------------------------------------------------------------------ one machine
@@ -50,7 +51,8 @@ class Party:
     frames: int = 0
     drawn: int = 0  # that there are
     is_read: bool = True  # the last of them has been read
-    made: int = 0
+    made: int = 0  # frames that have codes
+    sounded: int = 0  # and sound
     awaited: int = -1  # the frame that its listener will want later, which the lane is woken for
 
     @property
@@ -60,7 +62,7 @@ class Party:
 
 
 class Device:
-    """An engine's two lanes under a load; nobody is refused.
+    """An engine's lanes under a load; nobody is refused.
 
     Args:
         costs: of every kind of batch.
@@ -74,13 +76,18 @@ class Device:
         self.costs, self.turns, self.load, self.pause = costs, turns, load, pause
         self.chance = np.random.default_rng(seed)
         self.now = 0.0
-        self.busy: dict[str, float] = {"thinking": 0.0, "speaking": 0.0}
         self.answers: list[Answered] = []
         self.parties: list[Party] = []
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
-        self._lanes: dict[str, Iterator[float | None]] = {"thinking": self._thinking(), "speaking": self._speaking()}
-        self._idle = set(self._lanes)
+        self._lanes: dict[str, Callable[[], Iterator[float]]] = {
+            "thinking": self._thinking,
+            "speaking": self._speaking,
+            "sounding": self._sounding,
+        }
+        self.busy = dict.fromkeys(self._lanes, 0.0)
+        self._waiting = [*self._lanes]  # for a thread, longest first
+        self._idle, self._free, self._waited = set[str](), turns.threads, 0
 
     def run(self) -> dict[str, Any]:
         """The figures of the load, as `antiphon bench` has them, with how busy each lane was."""
@@ -90,23 +97,37 @@ class Device:
             self.now, _, happen = heapq.heappop(self._queue)
             happen()
         figures = summary(self.load, self.answers, max(self.now, 1e-9))
-        return {**figures, "lanes": {name: busy / self.now for name, busy in self.busy.items()}}
+        lanes = {name: busy / self.now for name, busy in self.busy.items()}
+        return {**figures, "lanes": lanes, "threads": sum(lanes.values()) / self.turns.threads}
 
     def _at(self, when: float, happen: Callable[[], None]) -> None:
         heapq.heappush(self._queue, (when, next(self._order), happen))
 
     def _wake(self) -> None:
-        for name in sorted(self._idle):
-            self._at(self.now, partial(self._go_on, name))
         self._idle.clear()
+        self._at(self.now, self._begin)
 
-    def _go_on(self, name: str) -> None:
-        took = next(self._lanes[name])
-        if took is None:
-            self._idle.add(name)
-        else:
+    def _begin(self) -> None:
+        """Threads that are free step the lanes that have waited longest."""
+        for name in [*self._waiting]:
+            if self._free and name in self._waiting and name not in self._idle:
+                self._waiting.remove(name)
+                self._free -= 1
+                self._go_on(name, self._lanes[name](), False)
+
+    def _go_on(self, name: str, step: Iterator[float], begun: bool) -> None:
+        """The next batch of a lane's step."""
+        took = next(step, None)
+        if took is not None:
             self.busy[name] += took
-            self._at(self.now + took, partial(self._go_on, name))
+            self._at(self.now + took, partial(self._go_on, name, step, True))
+            return
+        self._free += 1
+        self._waiting.append(name)
+        if begun:
+            self._at(self.now, self._begin)
+        else:
+            self._idle.add(name)
 
     def _cost(self, name: str, calls: int, positions: int = 0) -> float:
         return self.costs[name].seconds(calls, positions, self.chance) if name in self.costs else 0.0
@@ -147,32 +168,26 @@ class Device:
 
     # ------------------------------------------------------------------------------------------ the lanes
 
-    def _thinking(self) -> Iterator[float | None]:
-        """Seconds of one batch after another; None where there is nothing to do."""
-        while True:
-            begun = False
-            for party in [*self.parties]:
-                if party.wishes:
-                    begun = True
-                    yield self._cost("wish", 1)
-                    self._take(party, party.wishes.popleft())
-            listening = [p for p in self.parties if p.windows]
-            if listening:
-                begun = True
-                yield self._cost("aut", sum(p.windows for p in listening))
-                for party in listening:
-                    self._lay_out(party)
-            reads, positions = self._reads()
-            if reads:
-                yield self._cost("thinker", len(reads), positions)
-                self._read(reads)
-            drawing = [p for p in self.parties if p.is_asked and not p.reading and not p.is_over and p.is_read]
-            if drawing:
-                yield self._cost("draw", len(drawing))
-                for party in drawing:
-                    self._draw(party)
-            if not (begun or reads or drawing):
-                yield None
+    def _thinking(self) -> Iterator[float]:
+        """Seconds of each batch of a step of the lane that thinks; what a batch does is done after them."""
+        for party in [*self.parties]:
+            if party.wishes:
+                yield self._cost("wish", 1)
+                self._take(party, party.wishes.popleft())
+        listening = [p for p in self.parties if p.windows]
+        if listening:
+            yield self._cost("aut", sum(p.windows for p in listening))
+            for party in listening:
+                self._lay_out(party)
+        reads, positions = self._reads()
+        if reads:
+            yield self._cost("thinker", len(reads), positions)
+            self._read(reads)
+        drawing = [p for p in self.parties if p.is_asked and not p.reading and not p.is_over and p.is_read]
+        if drawing:
+            yield self._cost("draw", len(drawing))
+            for party in drawing:
+                self._draw(party)
 
     def _take(self, party: Party, is_end: bool) -> None:
         before = int(party.heard / self.turns.window)
@@ -180,7 +195,7 @@ class Device:
         closed = int(party.heard / self.turns.window) - before
         party.windows += closed + int(is_end)
         if is_end:
-            party.is_asked, party.drawn, party.made, party.is_read = True, 0, 0, True
+            party.is_asked, party.drawn, party.made, party.sounded, party.is_read = True, 0, 0, 0, True
             party.awaited = -1
             which = int(self.chance.integers(len(self.turns.tokens)))
             party.tokens, party.frames = max(1, self.turns.tokens[which]), max(1, self.turns.frames[which])
@@ -199,7 +214,7 @@ class Device:
         reads, positions = list[Party](), 0
         for party in sorted(self.parties, key=self._urgency):
             if party.reading:
-                if not reads or positions + party.reading[0] <= POSITIONS:
+                if not reads or positions + party.reading[0] <= self.turns.room:
                     reads.append(party)
                     positions += party.reading[0]
             elif party.is_asked and not party.is_over and not party.is_read and self._wants_words(party):
@@ -223,29 +238,37 @@ class Device:
             party.answer.text = self.now
         self._wake()
 
-    def _speaking(self) -> Iterator[float | None]:
-        """The same of the other lane."""
-        while True:
-            following = [p for p in self.parties if p.following]
-            if following:
-                yield self._cost("talker", len(following), sum(p.following[0] for p in following))
-                for party in following:
-                    party.following.popleft()
-            due = sorted((p for p in self.parties if self._wants_frame(p)), key=self._urgency)[: BUCKETS[-1]]
-            if due:
-                yield self._cost("frame", len(due))
-                for party in due:
-                    self._sound(party)
-            if not (following or due):
-                yield None
+    def _speaking(self) -> Iterator[float]:
+        """The same of the lane that speaks."""
+        following = [p for p in self.parties if p.following]
+        is_late = following and self._waited < PATIENCE and any(map(self._is_late, self.parties))
+        self._waited = self._waited + 1 if is_late else 0
+        if following and not is_late:
+            yield self._cost("talker", len(following), sum(p.following[0] for p in following))
+            for party in following:
+                party.following.popleft()
+        due = sorted((p for p in self.parties if self._wants_frame(p)), key=self._urgency)[: BUCKETS[-1]]
+        if due:
+            yield self._cost("frame", len(due))
+            for party in due:
+                party.made += 1
+            self._wake()
+
+    def _is_late(self, party: Party) -> bool:
+        answer = party.answer
+        if answer is None or not party.sounded or not self._wants_frame(party):
+            return False
+        return answer.code + party.made * self.turns.seconds <= self.now
 
     def _wants_frame(self, party: Party) -> bool:
         answer = party.answer
         if answer is None or not party.is_asked or party.reading or party.following:
             return False
+        if party.made >= party.frames or party.made - party.sounded >= (SILENT if party.sounded else 1):
+            return False
         if not party.is_over and party.drawn <= party.made:
             return False
-        if self.load.uploaded or not party.made:
+        if self.load.uploaded or not party.sounded:
             return True
         early = answer.code + party.made * self.turns.seconds - AHEAD - self.now
         if early > 0 and party.awaited != party.made:  # its listener has enough to hear
@@ -253,14 +276,22 @@ class Device:
             self._at(self.now + early, self._wake)
         return early <= 0
 
+    def _sounding(self) -> Iterator[float]:
+        """The same of the lane that makes the sound."""
+        silent = sorted((p for p in self.parties if p.made > p.sounded), key=self._urgency)[: BUCKETS[-1]]
+        if silent:
+            yield self._cost("sound", len(silent))
+            for party in silent:
+                self._sound(party)
+
     def _sound(self, party: Party) -> None:
         answer = party.answer
         assert answer is not None
         answer.packets.append(Packet(self.now, self.turns.seconds))
-        party.made += 1
-        if party.made == 1:
+        party.sounded += 1
+        if party.sounded == 1:
             answer.code = self.now
-        if party.made >= party.frames:
+        if party.sounded >= party.frames:
             self._done(party, answer)
         self._wake()
 
@@ -268,7 +299,7 @@ class Device:
         answer = party.answer
         if answer is None or not party.is_asked:
             return 2, 0.0
-        return 0, answer.code + party.made * self.turns.seconds if party.made else answer.asked
+        return 0, answer.code + party.made * self.turns.seconds if party.sounded else answer.asked
 
 
 # ----------------------------------------------------------------------------------------------- many machines
@@ -325,8 +356,10 @@ def capacity(
             f"one conversation alone has its first packet after {figures['code_ms']['p95']:.0f} ms; "
             "give a higher --first-ms"
         )
-    busiest = max(figures["lanes"], key=figures["lanes"].__getitem__)
-    return Capacity(good, best, f"the lane {busiest} ({figures['lanes'][busiest]:.0%} busy with {bad})")
+    shares = {f"the lane {name}": share for name, share in figures["lanes"].items()}
+    shares["the threads that step the lanes"] = figures["threads"]
+    busiest = max(shares, key=shares.__getitem__)
+    return Capacity(good, best, f"{busiest} ({shares[busiest]:.0%} busy with {bad})")
 
 
 def devices(conversations: float, each: int, refused: float) -> int:

@@ -122,6 +122,8 @@ def _checked(value: Any, where: str, seed: int) -> Set:
         raise ConfigError(f"{where}: no language {', '.join(sorted(unknown))}; there are {', '.join(LANGUAGES)}")
     if s.voices not in (known := (*VARIANTS, PRESETS, espeak.FLITE)):
         raise ConfigError(f"{where}.voices is {s.voices!r}; expected one of {', '.join(known)}")
+    if s.voices == PRESETS and s.kind != "speech":
+        raise ConfigError(f"{where}.voices is {PRESETS!r}, in which only sentences are spoken; expected kind speech")
     if s.split == MIXED and s.kind not in ("speech", "over"):
         raise ConfigError(f"{where}.split is {MIXED!r}, which only sentences can be; expected kind speech or over")
     if s.kind in ("speech", "over", "digits", "words") and not s.languages:

@@ -8,7 +8,9 @@ voice is the mean of the vectors that the speaker encoder makes of its recording
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,11 @@ class ExportOptions:
     dtype: str = "bfloat16"
     takes: int = 24  # recordings that a preset voice is the mean of
     into: str = ""  # folder of the checkpoint, the run's own by default
+    temperature: float = 1.0  # by which the scores of Talker and MTP are divided, before who draws has a temperature
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ConfigError(f"options.temperature is {self.temperature}; expected a number above 0")
 
 
 def export(setting: Setting, run: Path) -> Path:
@@ -64,6 +71,8 @@ def export(setting: Setting, run: Path) -> Path:
     if ("talker" in chosen) != ("speaker" in chosen):
         raise ConfigError(f"{recipe.name}: init names talker or speaker alone; the voices are rows of one by the other")
     setting.prepare(nn.ModuleDict(chosen))
+    if boxes.speech is not None:
+        cool([boxes.speech.talker.codec_head, boxes.speech.mtp.lm_head], options.temperature)
     folder = Path(options.into) if options.into else run
     folder.mkdir(parents=True, exist_ok=True)
     dtype: torch.dtype = getattr(torch, options.dtype)
@@ -76,6 +85,16 @@ def export(setting: Setting, run: Path) -> Path:
         save_codec(codec.to(dtype), folder)
     save_boxes(boxes.to(dtype), chosen, folder, companions=setting.run_of(TOKENIZER))
     return folder
+
+
+@torch.no_grad()
+def cool(heads: Iterable[nn.Module], temperature: float) -> None:
+    """Divide scores by a temperature where they are made: all who draw as the release does draw so much cooler.
+
+    Its temperatures suit a model of its size; a small one that draws as freely says words that are none.
+    """
+    for weight in chain.from_iterable(head.parameters() for head in heads):
+        weight /= temperature
 
 
 @torch.no_grad()

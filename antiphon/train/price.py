@@ -35,7 +35,7 @@ from antiphon.train.data import READ
 from antiphon.train.lora import adapt
 from antiphon.train.recipe import Recipe, read_fields
 from antiphon.train.run import Course
-from antiphon.train.stages.speech import ALONE
+from antiphon.train.stages.speech import listens
 from antiphon.train.text import CONFIG_IDS, fill_ids
 from antiphon.turn import TurnConfig, TurnEnd
 
@@ -48,7 +48,8 @@ class Laid:
     """A stage on the meta device."""
 
     modules: nn.ModuleDict  # shared out over the devices
-    beside: list[nn.Module]  # whole on each
+    heard: list[nn.Module]  # whole on each, as are
+    before: list[nn.Module]  # what is trained, as it was
     trained: list[str]
     loss: Callable[[], Tensor]  # of a batch
 
@@ -87,7 +88,9 @@ def price(recipe: Recipe, folder: Path, devices: int) -> Price:
     memory["moments and averages"] = KEPT * moments / devices
     memory["gathered"] = _gathered(laid.modules) if devices > 1 else 0.0
     short = 4 if recipe.optimization.dtype == "float32" else 2
-    memory["frozen beside it"] = KEPT * float(sum(p.numel() for box in laid.beside for p in box.parameters()))
+    still = recipe.optimization.still_dtype.itemsize
+    frozen = ((still, laid.heard), (KEPT, laid.before))
+    memory["frozen beside it"] = float(sum(n * p.numel() for n, boxes in frozen for b in boxes for p in b.parameters()))
     memory["activations"], operations = _measured(laid, recipe, short)
     return Price(whole, trained, memory, operations * recipe.optimization.accumulate)
 
@@ -133,7 +136,7 @@ class _Attention(torch.autograd.Function):
 
 def _measured(laid: Laid, recipe: Recipe, short: int) -> tuple[float, float]:
     """Bytes kept for the way back, and operations there and back, of one batch."""
-    for box in (laid.modules, *laid.beside):
+    for box in (laid.modules, *laid.heard, *laid.before):
         _routed_as_dense(box)
         box.to(torch.bfloat16 if short == 2 else torch.float32)
     kept, forward, both = _there_and_back(laid)
@@ -209,7 +212,7 @@ def _aut(recipe: Recipe, config: OmniConfig) -> Laid:
         return _nats(scores) + _nats(ctc(states))
 
     parts = [f"aut.{name}" for name, _ in aut.named_children() if not name.startswith("proj")]
-    return Laid(nn.ModuleDict({"aut": aut, "decoder": decoder, "ctc": ctc}), [], [*parts, "decoder", "ctc"], loss)
+    return Laid(nn.ModuleDict({"aut": aut, "decoder": decoder, "ctc": ctc}), [], [], [*parts, "decoder", "ctc"], loss)
 
 
 def _thinker(recipe: Recipe, config: OmniConfig) -> Laid:
@@ -221,7 +224,7 @@ def _thinker(recipe: Recipe, config: OmniConfig) -> Laid:
         x = torch.cat([heard, thinker.embed(_ids(len(mel), text))], 1)
         return _nats(thinker.logits(thinker(x)[0][:, -text:]))
 
-    return Laid(nn.ModuleDict({"thinker": thinker, "aut": aut}), [], ["thinker", "aut"], loss)
+    return Laid(nn.ModuleDict({"thinker": thinker, "aut": aut}), [], [], ["thinker", "aut"], loss)
 
 
 def _speech(recipe: Recipe, config: OmniConfig) -> Laid:
@@ -229,8 +232,9 @@ def _speech(recipe: Recipe, config: OmniConfig) -> Laid:
         raise ConfigError(f"{recipe.name}: the configuration has no Talker; give talker_config and code2wav_config")
     speech, aut, thinker = Speech(config.talker, config.code2wav), AuT(config.audio), Thinker(config.text)
     sizes = {"width": config.talker.text.hidden_size, **recipe.options.get("speaker", {})}
-    speaker, talks = SpeakerEncoder(read_fields(SpeakerConfig, sizes, "speaker")), recipe.data.mix
-    hears = any(source.task not in ALONE for source in talks)
+    speaker, hears = SpeakerEncoder(read_fields(SpeakerConfig, sizes, "speaker")), listens(recipe.data)
+    if not hears:
+        thinker.model.layers = nn.ModuleList()
     share = recipe.options.get("mtp_share", 0.25)
     books, rate = config.talker.num_code_groups, config.code2wav.sample_rate / config.code2wav.frame_samples
 
@@ -248,7 +252,7 @@ def _speech(recipe: Recipe, config: OmniConfig) -> Laid:
         return _nats(speech.talker.codec_head(states)) + _nats(speech.mtp.logits(some, some, codes))
 
     modules = nn.ModuleDict({"talker": speech.talker, "mtp": speech.mtp, "speaker": speaker})
-    return Laid(modules, [thinker.requires_grad_(False), aut.requires_grad_(False)], list(modules), loss)
+    return Laid(modules, [thinker.requires_grad_(False), aut.requires_grad_(False)], [], list(modules), loss)
 
 
 def _preference(recipe: Recipe, config: OmniConfig) -> Laid:
@@ -261,7 +265,7 @@ def _preference(recipe: Recipe, config: OmniConfig) -> Laid:
             laid.loss()
         return laid.loss()
 
-    return Laid(laid.modules, [*laid.beside, *before], ["talker", "mtp"], loss)
+    return Laid(laid.modules, laid.heard, before, ["talker", "mtp"], loss)
 
 
 def _turn(recipe: Recipe, config: OmniConfig) -> Laid:
@@ -274,7 +278,7 @@ def _turn(recipe: Recipe, config: OmniConfig) -> Laid:
             heard = aut(mel, window=config.audio.window_chunks, frames=frames)
         return turn(heard, torch.full((len(mel),), heard.shape[1])).sum()
 
-    return Laid(nn.ModuleDict({"turn": turn, "aut": aut}), [], ["turn"], loss)
+    return Laid(nn.ModuleDict({"turn": turn, "aut": aut}), [], [], ["turn"], loss)
 
 
 def _ids(*shape: int) -> Tensor:

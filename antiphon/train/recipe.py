@@ -57,6 +57,14 @@ class Optimization:
         short = self.dtype == "bfloat16" or (self.dtype == "auto" and fast_bfloat16(device))
         return torch.bfloat16 if short else torch.float32
 
+    @property
+    def still_dtype(self) -> torch.dtype:
+        """Type of the weights of whole boxes that stand still beside what is trained.
+
+        As the release has its own where the recipe asks for bfloat16 by name: as float32 a Thinker of 30 B fills a GPU.
+        """
+        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+
     def autocast(self, device: torch.device) -> torch.autocast:
         """The context in which losses are computed."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.product_dtype(device) == torch.bfloat16)

@@ -43,7 +43,7 @@ from antiphon.train.text import read_transcript, transcript
 
 IGNORED = -100  # label of padding
 Clip = tuple[Mel, list[int]]  # and the ids of its transcript
-LONGEST = 120  # text tokens that a clip is given at most
+SPARE = 8  # text tokens that are written for a clip at most beyond one for each token of sound, which CTC asks for too
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class AuTStage:
         rate = self.config.mel.sample_rate
         samples = load_samples(example.cut, rate)
         mel = measured(samples if random is None else augment(samples, rate, random), self.config.mel)
-        ids = self.tokenizer.encode(transcript(example.text, example.language))[:LONGEST]
+        ids = self.tokenizer.encode(transcript(example.text, example.language))
         return mel.astype(numbers(self.setting.recipe.data), copy=False), ids
 
     def collate(self, clips: Sequence[Clip], window: int) -> AuTBatch:
@@ -210,10 +210,13 @@ class AuTStage:
 
 
 def write(
-    decoder: TextDecoder, states: Tensor, heard: Tensor, tokenizer: Tokenizer, longest: int = LONGEST
+    decoder: TextDecoder, states: Tensor, heard: Tensor, tokenizer: Tokenizer, longest: int | None = None
 ) -> tuple[list[list[int]], Tensor]:
-    """Greedy transcripts of encoder states [B, S, W], and the mean log-probability [B] of their tokens."""
-    config = tokenizer.config
+    """Greedy transcripts of encoder states [B, S, W], and the mean log-probability [B] of their tokens.
+
+    They end at `longest` tokens; by default where there would be more of them than of sound, so that none is cut short.
+    """
+    config, longest = tokenizer.config, states.shape[1] + SPARE if longest is None else longest
     memory = decoder.memory(states)
     state = decoder.init_state(states.shape[0], longest + 1, states.device, states.dtype)
     ids = torch.full((states.shape[0], 1), config.im_start_token_id, device=states.device)

@@ -28,9 +28,9 @@ from antiphon.code2wav import Code2Wav, ConvNeXtBlock, SnakeBeta
 from antiphon.codec import Codec
 from antiphon.config import Code2WavConfig, CodecConfig
 from antiphon.config_json import parse_codec_config, read_json
+from antiphon.convolutions import run_convolutions, tails_of
 from antiphon.error_rates import error_rates
 from antiphon.errors import ConfigError
-from antiphon.streaming import run_convolutions, tails_of
 from antiphon.thinker import Thinker
 from antiphon.train.adversary import Adversary, feature_loss, fooling_loss, judging_loss
 from antiphon.train.checkpoints import load_weights

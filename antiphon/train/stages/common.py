@@ -61,6 +61,11 @@ class Setting:
         recipe = replace(self.recipe, data=Data(()), options=options, optimization=Optimization(1, 1.0))
         return replace(self, recipe=recipe)
 
+    def beginning(self, parts: dict[str, str]) -> Setting:
+        """The same place where of some boxes, by name, a part alone is begun."""
+        init = {parts.get(name, name): source for name, source in self.recipe.init.items()}
+        return replace(self, recipe=replace(self.recipe, init=init))
+
     def mix(self, data: Data | None = None) -> Mix:
         """The training data, or other `data`."""
         data = data or self.recipe.data

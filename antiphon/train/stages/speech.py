@@ -30,6 +30,7 @@ from antiphon.audio import LogMel, Samples, write_audio
 from antiphon.codec import Codec
 from antiphon.errors import ConfigError, InputError
 from antiphon.generate import Omni, collect
+from antiphon.model import Speech
 from antiphon.speaker import SpeakerConfig, SpeakerEncoder
 from antiphon.talker import CLONED, Rows, talker_prompt
 from antiphon.train.codes import Spoken, encode, key_of, sound_of
@@ -38,15 +39,16 @@ from antiphon.train.data import Example, Kept, numbers, pad, read_examples, read
 from antiphon.train.following import places
 from antiphon.train.loop import Figures, Loss, Size, sum_of
 from antiphon.train.losses import likeness
-from antiphon.train.recipe import read_fields
+from antiphon.train.recipe import Data, read_fields
 from antiphon.train.stages.aut import IGNORED
 from antiphon.train.stages.codec import picture, read_codec_config
 from antiphon.train.stages.common import Setting
 from antiphon.train.stages.thinker import TalkBatch, collate_talks, embed_talks, hear_talks, read_talk
 from antiphon.train.talks import Talk
+from antiphon.weights import allocate, outline
 
 PREFER = "prefer"  # task of a pair, see `train.stages.preference`
-ALONE = ("say", PREFER)  # tasks without a conversation
+ALONE = ("say", PREFER)  # tasks without a conversation: they take nothing of the Thinker but its embeddings
 SAMPLES = 4  # of each validation manifest are said as training goes on
 
 
@@ -106,8 +108,12 @@ class SpeechStage:
         self.setting, self.plan, self.device = setting, recipe.optimization, setting.device
         self.config, self.talker_config, self.tokenizer = config, config.talker, setting.tokenizer
         torch.manual_seed(recipe.seed)
-        self.boxes = Omni(config, self.tokenizer)
-        speech = self.boxes.speaking()
+        boxes = outline(Omni, config, self.tokenizer)
+        if not listens(recipe.data):  # 30 B weights need not be read to say sentences
+            boxes.thinker.model.layers = nn.ModuleList()
+            setting = setting.beginning({"thinker": "thinker.model.embed_tokens"})
+        self.boxes = allocate(boxes, self.device, recipe.optimization.still_dtype)
+        self.boxes.speech = speech = Speech(config.talker, config.code2wav)
         speaker = read_fields(
             SpeakerConfig, {"width": config.talker.text.hidden_size, **self.options.speaker}, "speaker"
         )
@@ -132,7 +138,7 @@ class SpeechStage:
             self.modules.pop(name)
             box.eval().requires_grad_(False)
         if self.options.follow and not {name.split(".")[0] for name in recipe.init} & {"talker", "mtp"}:
-            table = self.boxes.thinker.model.embed_tokens.weight
+            table = self.boxes.thinker.model.embed_tokens.weight.float()
             if found := begin_following(speech.talker, speech.mtp, table):
                 seen, said = found
                 self.reads.weight.data.copy_(seen.T @ said)
@@ -426,8 +432,9 @@ class SpeechStage:
             voice = self.speaker(self.voice_mel(recorded.to(self.device), final=True))[0]
             codes = self.codes[key_of((example, place))]
             text = example.cut.supervisions[place].text
-            reply = collect(self.boxes.speak(text, voice=voice, seed=number, max_frames=2 * len(codes)))
-            wanted = decode(codes[None].to(self.device))[0].float().cpu()
+            with self.plan.autocast(self.device):
+                reply = collect(self.boxes.speak(text, voice=voice, seed=number, max_frames=2 * len(codes)))
+                wanted = decode(codes[None].to(self.device))[0].float().cpu()
             longest = max(len(wanted), len(reply.audio))
             wanted, made = (F.pad(w, (0, longest - len(w))) for w in (wanted, torch.from_numpy(reply.audio)))
             for kind, wave in (("codec", wanted), ("said", made)):
@@ -440,6 +447,11 @@ class SpeechStage:
         """What is spoken in the first examples of each validation manifest."""
         sources = self.setting.recipe.data.validation
         return [spoken_in(e)[0] for s in sources for e in read_examples(s, self.setting.cuts)[:count]]
+
+
+def listens(data: Data) -> bool:
+    """Whether any of it is an answer in a conversation, which the Talker hears with the Thinker's states."""
+    return any(source.task not in ALONE for source in (*data.mix, *data.validation))
 
 
 def spoken_in(example: Example) -> list[Spoken]:
