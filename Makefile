@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 CLIENTS := .venv-conformance
 CLIENTS_STAMP := $(CLIENTS)/.installed
 
-.PHONY: talk test test-long browser load scale conformance check parity bench clean
+.PHONY: talk test test-long browser load scale scale-labels scale-kills scale-serving conformance check parity bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,16 +35,30 @@ browser: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[browser]"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m browser -s tests/test_browser.py
 
-## a server in real time for SECONDS: CONVERSATIONS at once, then a crowd at its door; needs the machine to itself
+## a server in real time for SECONDS, then a crowd at its door; needs the machine to itself. CONVERSATIONS at once, or
+## half of what is found to be kept in time here, eight at most
 SECONDS ?= 300
-CONVERSATIONS ?= 8
+CONVERSATIONS ?=
 load: $(STAMP)
 	OMP_NUM_THREADS=1 ANTIPHON_LOAD_SECONDS=$(SECONDS) ANTIPHON_LOAD_CONVERSATIONS=$(CONVERSATIONS) \
 		$(BIN)/pytest -m load -s tests/test_load.py
 
 ## jobs of a cluster on this machine: labelling, training in two processes and replicas of the server are killed and go on
 scale: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m scale -s tests
+	$(MAKE) --jobs 2 --output-sync scale-labels scale-kills
+	$(MAKE) scale-serving
+
+SCALE := OMP_NUM_THREADS=1 $(BIN)/pytest -m scale -s
+
+scale-labels:
+	$(SCALE) tests/test_pseudo_labels.py
+
+scale-kills:
+	$(SCALE) tests/test_scale_kills.py tests/test_train_ranks.py
+
+# packets have to be on time: alone
+scale-serving:
+	$(SCALE) tests/test_scale_serving.py
 
 # unmodified clients need no torch, and their own versions of what we share: they have an environment of their own
 $(CLIENTS_STAMP): tests/conformance/requirements.txt tests/conformance/package.json

@@ -2,15 +2,20 @@
 
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: tests download nothing
+import torch
 
-from collections.abc import Callable
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: tests download nothing
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels run on a CPU, slowly
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 
 from antiphon.evaluate.parity import Difference
 from antiphon.evaluate.reference import load_reference
@@ -40,6 +45,13 @@ def pair(checkpoint: Callable[[str], Path]) -> Callable[[str], Pair]:
 
 
 @pytest.fixture(scope="session")
+def elsewhere() -> Iterator[Callable[..., Any]]:
+    """Call a function in another process, one for all tests: what it gives there it has to give here."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield lambda function, *arguments: pool.submit(function, *arguments).result()
+
+
+@pytest.fixture(scope="session")
 def note() -> Callable[[list[Difference]], None]:
     """Keep the largest differences for the summary at the end."""
 
@@ -48,6 +60,10 @@ def note() -> Callable[[list[Difference]], None]:
             LARGEST[row.stage] = max(LARGEST.get(row.stage, 0.0), row.largest or row.difference)
 
     return keep
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "soak" not in item.name)  # ten minutes of real time: the others run beside it
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

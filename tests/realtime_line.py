@@ -13,7 +13,7 @@ from openai.types.realtime import RealtimeServerEvent
 from pydantic import TypeAdapter
 from websockets.sync.client import ClientConnection, connect
 
-from antiphon.audio import Resampler, Samples, pcm16, read_audio
+from antiphon.audio import Resampler, Samples, from_pcm16, pcm16, read_audio
 from tests.serving import Served
 
 ORACLE = TypeAdapter(RealtimeServerEvent)
@@ -91,6 +91,11 @@ def at_24k(name: str | Path) -> Samples:
     """An example's sound at the wire's rate."""
     samples, rate = read_audio(name)
     return Resampler(rate, 24000)(torch.from_numpy(samples)[None])[0].numpy()
+
+
+def as_sent(samples: Samples) -> Samples:
+    """Samples as they come out of the wire."""
+    return from_pcm16(pcm16(samples))
 
 
 def quiet(seconds: float, rate: int = 24000) -> Samples:

@@ -11,9 +11,13 @@ from functools import cache
 
 import httpx2
 import openai
+import pytest
 import torch
+from torch import Tensor
 
-from antiphon.engine import Engine
+from antiphon.engine import Call, Engine
+from antiphon.engine.call import Turn
+from antiphon.engine.speaking import Speaking
 from antiphon.generate import Omni, load
 from antiphon.serve.run import server_of
 from antiphon.serve.settings import Settings
@@ -88,3 +92,15 @@ def until(true: Callable[[], bool], seconds: float = 60) -> None:
     while not true():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
+
+
+def make_talkative(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """The Talker does not come to an end by itself, until the function that is returned is called."""
+    give, endless = Speaking.give, [True]
+
+    def more(self: Speaking, call: Call, turn: Turn, codes: Tensor, *rest: Tensor) -> None:
+        stop = self.speech.talker.config.codec_eos_token_id
+        give(self, call, turn, codes.masked_fill(codes == stop, 5) if endless[0] else codes, *rest)
+
+    monkeypatch.setattr(Speaking, "give", more)
+    return lambda: endless.__setitem__(0, False)

@@ -30,9 +30,9 @@ from antiphon import (
     WeightsError,
 )
 from antiphon.audio import MAX_SECONDS
+from antiphon.caches import KVCache
 from antiphon.config_json import parse_config
 from antiphon.generate import collect
-from antiphon.streaming import KVCache
 from tests.models import (
     CODEBOOK,
     IDS,

@@ -97,8 +97,8 @@ def test_a_load_is_measured_and_its_timeline_can_be_read(tmp_path, uploaded):
         assert len(cells(one)) == len(TITLES)
     events = json.loads(json.dumps(trace_of(runs[1].work)))["traceEvents"]
     names = {event["name"] for event in events}
-    assert {"thread_name", "thinker", "talker", "frame"} <= names
-    assert {event["tid"] for event in events} == {0, 1}
+    assert {"thread_name", "thinker", "talker", "frame", "sound"} <= names
+    assert {event["tid"] for event in events} == {0, 1, 2}
     moment(runs[1].work, runs[1].answers[0], tmp_path / "moment.png")
     latency(figures, tmp_path / "latency.png")
     for name in ("moment.png", "latency.png"):
@@ -304,6 +304,7 @@ def run_command(monkeypatch, *words: object) -> int:
     return int(left.value.code or 0)
 
 
+@pytest.mark.long
 def test_bench_from_the_command_line(monkeypatch, capsys, shape, tmp_path):
     question = tmp_path / "question.wav"
     write_audio(question, *QUESTION)

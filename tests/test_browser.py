@@ -19,13 +19,11 @@ import pytest
 import torch
 
 from antiphon.audio import Resampler, Samples, from_pcm16, write_audio
-from antiphon.engine import Call, Engine
-from antiphon.engine.call import Turn
-from antiphon.engine.lanes import Speaking
+from antiphon.engine import Engine
 from antiphon.serve.settings import Settings
 from antiphon.transcripts import transcribe
 from tests.realtime_line import at_24k, quiet
-from tests.serving import Served, serving, tiny
+from tests.serving import Served, make_talkative, serving, tiny
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -196,20 +194,8 @@ def found_in(whole: Samples, part: Samples, start: int = 0) -> tuple[int, int, S
     return begin, place, np.concatenate(there)
 
 
-def talkative(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Answers do not come to their end, until the function that is returned is called."""
-    give, endless = Speaking.give, [True]
-
-    def more(self: Speaking, call: Call, turn: Turn, codes: torch.Tensor, *rest: torch.Tensor) -> None:
-        stop = self.speech.talker.config.codec_eos_token_id
-        give(self, call, turn, codes.masked_fill(codes == stop, 5) if endless[0] else codes, *rest)
-
-    monkeypatch.setattr(Speaking, "give", more)
-    return lambda: endless.__setitem__(0, False)
-
-
 def test_a_spoken_question_is_answered_interrupted_and_answered_again(server, browser, monkeypatch):
-    end_answers, question = talkative(monkeypatch), at_24k(QUESTION)
+    end_answers, question = make_talkative(monkeypatch), at_24k(QUESTION)
     page = browser(server, np.concatenate([quiet(1.5), question, quiet(5), question, quiet(90)]), DESKTOP)
     wire = page.wire
     page.get_by_role("button", name="Talk", exact=True).click()

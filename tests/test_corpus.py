@@ -298,6 +298,10 @@ def test_tiny_does_not_train_on_its_tests():
             "voices is 'few'; expected one of train",
         ),
         ({"kind": "dialog", "count": 1, "split": "mixed"}, "split is 'mixed', which only sentences can be"),
+        (
+            {"kind": "digits", "count": 1, "languages": ["en"], "voices": "presets"},
+            "'presets', in which only sentences",
+        ),
     ],
 )
 def test_a_wrong_set_is_one_sentence(value, sentence):

@@ -172,6 +172,7 @@ def test_the_answer_of_a_session_is_of_its_messages(cuts):
     assert long.text_ids != short.text_ids
 
 
+@pytest.mark.long
 def test_ceilings_are_of_the_same_sentence_in_the_same_voice(tmp_path, monkeypatch):
     """With a perfect speaker and a codec that loses everything: only what goes through the codec is not understood."""
     s = Set("speech", 2, "sentence", ("en", "ja"))

@@ -36,7 +36,7 @@ CHECKS: Any = [
     checks.content_type_conformance,
     checks.response_schema_conformance,
 ]
-LENGTHS = pytest.mark.parametrize("examples", [15, pytest.param(300, marks=pytest.mark.long)])
+LENGTHS = pytest.mark.parametrize("examples", [5, pytest.param(100, marks=pytest.mark.long)])
 
 
 @pytest.fixture(scope="module")

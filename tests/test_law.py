@@ -16,13 +16,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from antiphon import streaming
+from antiphon import convolutions
 from antiphon.aut import LOG_FLOOR, AuT, TextDecoder, TextDecoderConfig
+from antiphon.caches import CACHE_BLOCK, KVCache
 from antiphon.code2wav import Code2Wav
 from antiphon.config import AudioConfig, Code2WavConfig, OmniConfig, TalkerConfig
 from antiphon.errors import CapacityError, WeightsError
 from antiphon.mtp import MTP
-from antiphon.streaming import CACHE_BLOCK, KVCache, State
+from antiphon.streaming import State
 from antiphon.talker import Talker
 from antiphon.thinker import Thinker
 from tests.models import CPU, assert_same, omni, randomize
@@ -237,7 +238,7 @@ def test_pieces_give_what_the_whole_gives_with_gradients(box):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_both_ways_to_convolve_are_one_law(monkeypatch, most, dtype):
     """Short pieces are convolved as matrix products and long ones are not: a stream and its whole may mix."""
-    monkeypatch.setattr(streaming, "WINDOWED_AT_MOST", most)
+    monkeypatch.setattr(convolutions, "WINDOWED_AT_MOST", most)
     assert_law(BOXES["code2wav"], 12, [1, 1, 4], dtype, 9)
 
 

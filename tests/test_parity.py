@@ -699,7 +699,7 @@ def golden(checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory) ->
 Golden = Callable[[torch.dtype], Path]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_verify_agrees(shape: str, dtype: torch.dtype, checkpoint: Checkpoints) -> None:
     rows, ours, used = verify(checkpoint(shape), None if dtype == torch.bfloat16 else QUICK, dtype=dtype)

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from antiphon.caches import CACHE_BLOCK
 from antiphon.errors import InputError, WeightsError
 from antiphon.files import read_safetensors, write_safetensors
 from antiphon.generate import AudioDelta, Done, Omni, Reply, Session, TextDelta, collect
 from antiphon.sampling import GREEDY, Sampling
-from antiphon.streaming import CACHE_BLOCK
 from tests.models import (
     assert_same,
     assert_same_reply,
@@ -721,6 +721,7 @@ def tensors_of(value: Any, skip: set[int]) -> Iterator[Tensor]:
             yield from tensors_of(item, skip)
 
 
+@pytest.mark.long
 def test_ten_minutes_grow_by_cache_blocks_and_nothing_else():
     long = {
         "thinker_config.text_config.max_position_embeddings": 16384,

@@ -21,7 +21,8 @@ ORDER: list[set[str]] = [
     {"errors"},
     {"config", "files", "binding", "memory"},
     {"config_json", "streaming", "sampling", "metrics"},
-    {"tokenizer"},
+    {"tokenizer", "caches", "convolutions"},
+    {"kernels/"},
     {"chat"},
     {"audio", "layers", "spoken", "guide"},
     {"messages", "aut", "thinker", "talker", "mtp", "code2wav", "codec", "speaker", "turn"},
@@ -115,7 +116,8 @@ def test_the_order_is_the_one_of_the_design():
         ("config", "config_json"),
         ("errors", "config"),
         ("layers", "talker"),
-        ("streaming", "layers"),
+        ("streaming", "caches"),
+        ("caches", "layers"),
         ("aut", "model"),
         ("code2wav", "model"),
         ("model", "weights"),
@@ -149,11 +151,21 @@ def test_heavy_packages_are_imported_where_they_are_needed_and_nowhere_else():
 
 
 def test_importing_antiphon_imports_neither_the_oracle_nor_the_tests_tools():
-    code = "import antiphon, sys; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = set(done.stdout.split())
+    loaded = loaded_by("antiphon")
     assert "torch" in loaded
     assert loaded.isdisjoint({*HOMES, "soxr", "pytest", "hypothesis", "fastapi", "uvicorn", "ray", "datasets"})
+
+
+def test_importing_the_judges_imports_no_judge():
+    loaded = loaded_by("antiphon.evaluate.tags")
+    assert "antiphon" in loaded
+    assert loaded.isdisjoint({"librosa", "numba", "sklearn", "onnxruntime", "speechmos", "resemblyzer", "pesq"})
+
+
+def loaded_by(module: str) -> set[str]:
+    """The packages that importing a module imports."""
+    code = f"import {module}, sys; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
 
 
 # ------------------------------------------------------------------------------------------------ public names

@@ -63,6 +63,7 @@ def test_the_recipes_of_tiny_come_after_what_they_need():
         assert needed <= set(names[:i]), r.name
 
 
+@pytest.mark.long
 def test_each_begins_when_what_it_needs_is_trained(tmp_path):
     course = Course("course", tmp_path, RECIPES, {})
     folders = train_together(course, tmp_path / "cuts", tmp_path / "runs", CPU, 2, note)
@@ -74,6 +75,7 @@ def test_each_begins_when_what_it_needs_is_trained(tmp_path):
     assert max(together) == 2
 
 
+@pytest.mark.long
 def test_one_that_fails_stops_all(tmp_path, capfd):
     (tmp_path / "broken").touch()
     course = Course("course", tmp_path, RECIPES, {})

@@ -17,9 +17,9 @@ from antiphon.audio import write_audio
 from antiphon.aut import AuT, TextDecoder, TextDecoderConfig
 from antiphon.code2wav import Code2Wav
 from antiphon.config import AudioConfig
+from antiphon.convolutions import tails_of
 from antiphon.errors import ConfigError
 from antiphon.files import read_safetensors, write_safetensors
-from antiphon.streaming import tails_of
 from antiphon.train.adversary import Adversary, feature_loss, fooling_loss, judging_loss
 from antiphon.train.listener import Listener, at_frames, token_times
 from antiphon.train.loop import BEST, STATE, Stage, train
@@ -253,7 +253,7 @@ def test_codes_are_off_at_first_and_then_on(place):
     assert float(after.figures["commit"]) > 0
 
 
-@pytest.mark.parametrize("kind", ["codec", "code2wav"])
+@pytest.mark.parametrize("kind", ["codec", pytest.param("code2wav", marks=pytest.mark.long)])
 def test_thirty_steps_bring_the_distance_down(place, trained, tmp_path, kind):
     init = {"codec": "codec"} if kind == "code2wav" else {}
     run(setting(place, kind, optimization={"steps": 30, "lr": 4e-3, "warmup": 2}, init=init), tmp_path)
@@ -262,7 +262,7 @@ def test_thirty_steps_bring_the_distance_down(place, trained, tmp_path, kind):
     assert np.mean(total[-5:]) < 0.8 * np.mean(total[:3])
 
 
-@pytest.mark.parametrize("kind", ["codec", "code2wav"])
+@pytest.mark.parametrize("kind", ["codec", pytest.param("code2wav", marks=pytest.mark.long)])
 def test_killed_and_continued_is_as_never_killed(place, trained, tmp_path, monkeypatch, kind):
     """Codebooks, the adversary, AdamW's memory and the averages included."""
     judging = {"start": 0.5, "periods": [2], "sizes": [256], "width": 2, "frames": 4}
@@ -399,7 +399,7 @@ def test_code2wav_begins_as_the_quantizer_ends(place, trained):
     torch.testing.assert_close(embedded, wanted)
 
 
-@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("frozen", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_the_head_teaches_code2wav(place, trained, tmp_path, frozen):
     """What it says is the codec's own sound of the same codes, also where what it reads goes on; both come nearer."""
     parts = ("code2wav.pre_transformer", "code2wav.upsample")

@@ -1,5 +1,8 @@
 """Pseudo-labels: what a teacher is sure of is kept, says where it came from, and can be trained on."""
 
+from copy import deepcopy
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,7 +11,7 @@ from antiphon.files import read_safetensors, write_safetensors
 from antiphon.train.data import read_cuts
 from antiphon.train.label import label
 from antiphon.train.loop import BEST, train
-from antiphon.train.stages.aut import AuTStage
+from antiphon.train.stages.aut import SPARE, AuTStage, write
 from tests.test_train_speech import SAYINGS, place, setting
 
 __all__ = ["place"]
@@ -57,6 +60,19 @@ def test_only_what_the_teacher_is_sure_of_is_kept(taught):
         assert 1 <= kept < everything
     with pytest.raises(InputError, match="no transcript reaches"):
         label(labelling(taught, 0.0), quiet=True)
+
+
+def test_no_text_is_cut_short(taught):
+    """A transcript may have as many tokens as its sound; one who never comes to an end is stopped after that."""
+    stage = AuTStage(setting(taught, "aut", {}, SAID, decoder=DECODER))
+    assert stage.mix is not None
+    example = stage.mix.draw(0)[0]
+    cut = deepcopy(example.cut)
+    cut.supervisions[0].text = "word " * 400
+    assert stage.tokenizer.decode(stage.read(replace(example, cut=cut))[1]).count("word") == 400
+    stage.decoder.lm_head.weight.data[stage.tokenizer.config.im_end_token_id] = 0  # never the best
+    states, heard = torch.randn(2, 150, stage.config.d_model), torch.ones(2, 150, dtype=torch.bool)
+    assert [len(line) for line in write(stage.decoder, states, heard, stage.tokenizer)[0]] == [150 + SPARE] * 2
 
 
 def test_a_teacher_is_needed(taught):

@@ -249,6 +249,7 @@ def assert_same_run(killed: Path, whole: Path) -> None:
     assert lines(killed) == lines(whole)
 
 
+@pytest.mark.long
 def test_a_run_killed_while_it_writes_and_at_random_steps_ends_with_the_same_weights(whole, tmp_path):
     tensors, at = len(read_safetensors(whole / STATE)), sorted(random.SystemRandom().sample(range(16, 55), 4))
     print(f"killed at steps {at}")

@@ -320,6 +320,38 @@ def test_the_talker_learns_which_token_it_said_last(place, tmp_path):
     assert stage.loss("speech", unknown, 0).figures["following"] == 0
 
 
+def test_what_is_listened_through_is_held_as_short_as_the_recipe_says(place, tmp_path):
+    """In bfloat16, and only the embeddings where nothing is heard; it comes to nearly the same, and it speaks."""
+    code2wav = {f"code2wav.{n}": t for n, t in MODEL.speaking().code2wav.state_dict().items()}
+    (place[1] / "voice").mkdir()
+    write_safetensors(place[1] / "voice" / BEST, code2wav, {"run": "c"})
+    init = {"thinker": "thinker", "aut": "thinker", "codec": "codec", "code2wav": "voice"}
+    say, talk = {"cuts": "say.jsonl.gz", "task": "say"}, {"cuts": "talk.jsonl.gz", "task": "talk"}
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        for name, sources in (("alone", [say]), ("heard", [talk, say])):
+            s = setting(place, name, init, sources, speaker=SPEAKER, follow=0.3)
+            s = replace(s, recipe=replace(s.recipe, optimization=replace(s.recipe.optimization, dtype=dtype)))
+            stage = SpeechStage(s)
+            thinker = stage.boxes.thinker
+            assert {p.dtype for box in (thinker, stage.boxes.aut) for p in box.parameters()} == {getattr(torch, dtype)}
+            assert {p.dtype for p in stage.modules.parameters()} == {torch.float32}
+            assert torch.equal(
+                thinker.model.embed_tokens.weight, MODEL.thinker.model.embed_tokens.weight.to(getattr(torch, dtype))
+            )
+            assert bool(thinker.model.layers) == (name == "heard")
+            losses[name, dtype] = stage.validate()["loss"]
+            if dtype == "float32":
+                continue
+            train(stage, s.recipe, tmp_path / name / dtype, quiet=True)
+            stage.modules.eval()
+            with torch.inference_mode():
+                stage.sample(tmp_path / name / dtype / "samples", Mock())
+            assert float(np.abs(read_audio(tmp_path / name / dtype / "samples" / "0-said.wav")[0]).max()) > 0.01
+    for name in ("alone", "heard"):
+        assert losses[name, "bfloat16"] == pytest.approx(losses[name, "float32"], rel=0.02)
+
+
 def test_frames_are_fed_back_as_the_talker_draws_them(place):
     """Some frames, another share of them in each answer, have codes drawn from scores; the others stay as recorded."""
     init = {"thinker": "thinker", "aut": "thinker", "codec": "codec"}
@@ -489,7 +521,16 @@ def test_stages_train_and_export_a_checkpoint_that_speaks(place, tmp_path):
     for path in tmp_path.glob("*.safetensors"):
         assert path.read_bytes() == (grown / path.name).read_bytes(), path.name
     assert antiphon.load(grown).voices == ["chelsie", "ethan"]
+    cooled = setting(place, "export", parts, sources, speaker=SPEAKER, temperature=0.5, into=str(tmp_path / "cooled"))
+    export(cooled, tmp_path / "unused")
+    usual, cooler = model.speaking(), antiphon.load(tmp_path / "cooled").speaking()
+    assert torch.equal(cooler.talker.codec_head.weight, 2 * usual.talker.codec_head.weight)
+    for head, as_trained in zip(cooler.mtp.lm_head.parameters(), usual.mtp.lm_head.parameters(), strict=True):
+        assert torch.equal(head, 2 * as_trained)
+    assert torch.equal(cooler.talker.model.codec_embedding.weight, usual.talker.model.codec_embedding.weight)
     assert not (tmp_path / "unused").exists()
+    with pytest.raises(ConfigError, match="temperature"):
+        export(setting(place, "export", parts, sources, speaker=SPEAKER, temperature=0.0), tmp_path / "unused")
 
 
 def test_the_end_of_a_turn_is_learnt_and_the_ear_stands(place, tmp_path):

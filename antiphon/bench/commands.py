@@ -26,7 +26,9 @@ from antiphon.bench.load import Load, Question, voiced_samples
 from antiphon.bench.pictures import latency, moment
 from antiphon.bench.turns import nth_over_second
 from antiphon.engine import Engine
-from antiphon.engine.engine import LIVE_WINDOW
+from antiphon.engine.engine import threads
+from antiphon.engine.lanes import POSITIONS
+from antiphon.engine.thinking import LIVE_WINDOW
 from antiphon.errors import InputError
 from antiphon.evaluate.reference import load_reference
 from antiphon.evaluate.stages import Case, ensure_tokenizer
@@ -46,7 +48,7 @@ from antiphon.terminal import (
 )
 from antiphon.weights import find_checkpoint
 
-TONE = 3.0  # seconds of a question where none is given
+TONE = 5.0  # seconds of the question that is asked by default
 AT_ONCE = {"cpu": (1, 2, 4, 8), "cuda": (1, 2, 4, 8, 16, 32, 64)}
 MOST = 64  # conversations that are tried when it is measured how many are kept in time, if no load has more
 TOGETHER = 8  # answers at once beside transformers
@@ -306,7 +308,10 @@ def _keep_costs(account: Account, model: Omni, questions: Sequence[Question], wi
         return
     voiced = float(np.mean([voiced_samples(samples) / rate for samples, rate in questions]))
     turns = turns_of(answers, work, voiced, window, float(model.config.audio.tokens(model.config.audio.mel.frame_rate)))
-    account.keep(costs={name: asdict(cost) for name, cost in costs_of(work).items()}, turns=asdict(turns))
+    account.keep(
+        costs={name: asdict(cost) for name, cost in costs_of(work).items()},
+        turns=asdict(replace(turns, room=POSITIONS[model.device.type], threads=threads())),
+    )
 
 
 def _floor_told(least: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from antiphon.bench.load import Answered
 from antiphon.engine.call import Work
+from antiphon.engine.lanes import POSITIONS
 from antiphon.errors import InputError
 
 Seen = tuple[float, int, int]  # seconds, calls, positions of a batch
@@ -67,6 +68,8 @@ class Turns:
     frames: tuple[int, ...]  # and of their speech
     seconds: float  # of a frame
     window: float = 2.0  # seconds that AuT hears at once
+    room: int = POSITIONS["cpu"]  # positions of prompts that the Thinker reads at once
+    threads: int = 3  # that step the lanes
 
 
 def turns_of(answers: Sequence[Answered], work: Sequence[Work], voiced: float, window: float, rate: float) -> Turns:

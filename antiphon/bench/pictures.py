@@ -19,6 +19,7 @@ COLOURS = {
     "draw": "#a6d854",
     "talker": "#fc8d62",
     "frame": "#e78ac3",
+    "sound": "#ffd92f",
 }
 MEANING = {
     "wish": "mel",
@@ -26,14 +27,15 @@ MEANING = {
     "thinker": "Thinker reads",
     "draw": "next token",
     "talker": "Talker reads along",
-    "frame": "a frame: Talker, MTP, Code2Wav",
+    "frame": "codes: Talker, MTP",
+    "sound": "sound: Code2Wav",
 }
 
 
 def moment(work: Sequence[Work], answer: Answered, path: Path) -> None:
     """What the lanes did around the end of a question, and when the packets of its answer left."""
-    axes, save = _figure(9, 2.6, path)
-    lanes = {"thinking": 1.0, "speaking": 0.0}
+    axes, save = _figure(9, 3.0, path)
+    lanes = {"thinking": 2.0, "speaking": 1.0, "sounding": 0.0}
     for one in work:
         if -BEFORE <= one.start - answer.asked <= AFTER:
             place = (1000 * (one.start - answer.asked), 1000 * (one.stop - one.start))
@@ -45,10 +47,10 @@ def moment(work: Sequence[Work], answer: Answered, path: Path) -> None:
         )
         axes.text(1000 * (at - answer.asked), -1.25, str(i), ha="center", fontsize=7)
     axes.axvline(0, color="black", linewidth=1)
-    axes.text(0, 1.55, " the last voiced sample arrives", fontsize=8)
-    axes.set_yticks([1.0, 0.0, -0.95], ["Thinking", "Speaking", "packets"])
+    axes.text(0, 2.55, " the last voiced sample arrives", fontsize=8)
+    axes.set_yticks([2.0, 1.0, 0.0, -0.95], ["Thinking", "Speaking", "Sounding", "packets"])
     axes.set_xlim(-1000 * BEFORE, 1000 * AFTER)
-    axes.set_ylim(-1.5, 1.9)
+    axes.set_ylim(-1.5, 2.9)
     axes.set_xlabel("ms")
     handles, names = axes.get_legend_handles_labels()
     shown = dict(zip(names, handles, strict=True))
@@ -57,7 +59,7 @@ def moment(work: Sequence[Work], answer: Answered, path: Path) -> None:
         [shown[n] for n in known],
         [MEANING[n] for n in known],
         fontsize=7,
-        ncols=6,
+        ncols=7,
         loc="upper center",
         bbox_to_anchor=(0.5, -0.22),
         frameon=False,

@@ -24,6 +24,7 @@ from openai.types import realtime as wire
 from openai.types.realtime import realtime_client_event
 from openai.types.realtime.conversation_created_event import Conversation
 from pydantic import BaseModel, ValidationError
+from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from antiphon.serve.background import Background
@@ -55,6 +56,7 @@ from antiphon.serve.wire import as_json, new_id, parsed, shortly, wrong_field
 SLICE = 12000  # samples that are judged at once
 OUTBOX = 256  # events that wait for a client; then the conversation waits
 GOING_AWAY, NORMAL = 1001, 1000  # why a WebSocket is closed
+IDLE = "idle"  # stands where a message would, after so long without one
 LEAVING = 1.0  # seconds in which it becomes known why a client is gone
 KINDS: Mapping[str, type[BaseModel]] = {
     typing.get_args(kind.model_fields["type"].annotation)[0]: kind
@@ -387,7 +389,7 @@ async def converse(socket: WebSocket, session: Session, settings: Settings) -> t
 
     A client that closes in order (1000) has ended the session.
     """
-    reading = asyncio.create_task(_read(socket, session, settings.idle_seconds))
+    reading = asyncio.create_task(_read(socket, session, settings))
     writing = asyncio.create_task(_write(socket, session))
     ending, taken = (asyncio.create_task(event.wait()) for event in (session.ending, session.taken))
     tasks = (reading, writing, ending, taken)
@@ -408,15 +410,50 @@ async def converse(socket: WebSocket, session: Session, settings: Settings) -> t
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _read(socket: WebSocket, session: Session, idle: float) -> tuple[int, str] | None:
-    while True:
+class Backlog:
+    """What has come and waits for what came before it: so many characters, and one message more."""
+
+    def __init__(self, most: int) -> None:
+        self._messages: asyncio.Queue[Message] = asyncio.Queue()
+        self._size, self._most, self._room = 0, most, asyncio.Event()
+
+    async def put(self, message: Message) -> None:
+        """Add one; returns when there is room for another."""
+        self._messages.put_nowait(message)
+        self._size += len(message.get("text") or "")
+        while self._size > self._most:
+            self._room.clear()
+            await self._room.wait()
+
+    async def take(self) -> Message:
+        """The next, once there is one."""
+        message = await self._messages.get()
+        self._size -= len(message.get("text") or "")
+        self._room.set()
+        return message
+
+
+async def _read(socket: WebSocket, session: Session, settings: Settings) -> tuple[int, str] | None:
+    """Do what the client asks, in order. More is received meanwhile: a socket that is not read answers no ping."""
+    backlog = Backlog(settings.message_bytes)
+    async with asyncio.TaskGroup() as both:
+        both.create_task(_receive(socket, backlog, settings.idle_seconds))
+        while (message := await backlog.take())["type"] == "websocket.receive":
+            await session.read(message.get("text"))
+    if message["type"] == IDLE:
+        return NORMAL, f"nothing was said for {settings.idle_seconds:g} seconds"
+    return (NORMAL, "") if message.get("code") == NORMAL else None
+
+
+async def _receive(socket: WebSocket, backlog: Backlog, idle: float) -> None:
+    """Into the backlog, until the client is gone or silent."""
+    message: Message = {"type": "websocket.receive"}
+    while message["type"] == "websocket.receive":
         try:
             message = await asyncio.wait_for(socket.receive(), idle)
         except TimeoutError:
-            return NORMAL, f"nothing was said for {idle:g} seconds"
-        if message["type"] == "websocket.disconnect":
-            return (NORMAL, "") if message.get("code") == NORMAL else None
-        await session.read(message.get("text"))
+            message = {"type": IDLE}
+        await backlog.put(message)
 
 
 async def _write(socket: WebSocket, session: Session) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from antiphon.engine.engine import LIVE_WINDOW
+from antiphon.engine.thinking import LIVE_WINDOW
 from antiphon.errors import InputError
 
 KEYS = "ANTIPHON_API_KEYS"  # in the environment, separated by commas or spaces
