@@ -86,12 +86,12 @@ def serving(
         assert not thread.is_alive(), "the server did not stop"
 
 
-def until(true: Callable[[], bool], seconds: float = 60) -> None:
-    """Wait for something that another thread does."""
+def until(true: Callable[[], bool], seconds: float = 60, every: float = 0.01) -> None:
+    """Wait for something that another thread does, looking `every` so many seconds."""
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
+        time.sleep(every)
 
 
 def make_talkative(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:

@@ -122,6 +122,11 @@ def below(pid: int) -> Iterator[tuple[int, str]]:
                 yield from below(child)
 
 
+def is_there(pid: int) -> bool:
+    """Whether a process still runs."""
+    return Path(f"/proc/{pid}/cmdline").exists()
+
+
 def finished(out: Path) -> int:
     """Blocks that are labelled."""
     return len(list((out / "labels").glob("*.parquet")))
@@ -152,13 +157,10 @@ def kill_while_running(sources: Sequence[str], out: Path, rng: np.random.Generat
                     workers = [pid for pid, name in below(running.pid) if "Labeller" in name]
                 os.kill(int(rng.choice(workers)), signal.SIGKILL)
                 continue
-            family = [pid for pid, _ in below(running.pid)]
+            family = [pid for pid, name in below(running.pid) if "Agent" not in name]  # Ray's linger, and write nothing
             os.kill(running.pid, signal.SIGKILL)
             running.wait()
-            wait(
-                lambda family=family: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in family),
-                "the end of workers",
-            )
+            wait(lambda family=family: not any(map(is_there, family)), "the end of workers")
             running = begin(sources, out, 2)
         assert running.wait(DEADLINE) == 0, logged(out)
         return told
@@ -182,16 +184,19 @@ def scores(out: Path) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(sources, tmp_path_factory) -> Path:
+def undisturbed(sources, tmp_path_factory) -> Iterator[tuple[Path, subprocess.Popen]]:
+    """A job that is left alone, begun."""
     out = tmp_path_factory.mktemp("job") / "undisturbed"
-    assert begin(sources[0], out, 0).wait(DEADLINE) == 0, logged(out)
-    return out
+    running = begin(sources[0], out, 0)
+    yield out, running
+    running.kill()
 
 
 def test_killed_five_times_and_nothing_is_lost_and_nothing_twice(sources, undisturbed, capsys):
-    places, lost = sources
+    (places, lost), (undisturbed, alone) = sources, undisturbed
     out = undisturbed.with_name("killed")
-    told = kill_while_running(places, out, np.random.default_rng(SEED))
+    told = kill_while_running(places, out, np.random.default_rng(SEED))  # while the other goes on
+    assert alone.wait(DEADLINE) == 0, logged(undisturbed)
     wanted, found = result(undisturbed), result(out)
     assert found == wanted
     assert len(wanted) > CLIPS / 4
@@ -218,6 +223,8 @@ def sounds(out: Path) -> dict[str, bytes]:
 
 
 def test_a_rerun_of_what_is_finished_opens_nothing(sources, undisturbed):
+    undisturbed, alone = undisturbed
+    assert alone.wait(DEADLINE) == 0, logged(undisturbed)
     files = [path for name in FOLDERS for path in (undisturbed / name).iterdir()]
     before = {path: path.stat().st_mtime_ns for path in files}
     manifest = (undisturbed / CUTS).read_bytes()

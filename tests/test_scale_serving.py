@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor as Threads
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -170,14 +170,30 @@ def machines(env: dict[str, str]) -> Iterator[tuple[int, str]]:
             end(head, signal.SIGKILL)  # it keeps nothing
 
 
-def states(address: str, env: dict[str, str]) -> dict[str, int]:
-    """How many replicas are in which state, by Ray Serve's word."""
+@contextmanager
+def watched(address: str, env: dict[str, str]) -> Iterator[Callable[[], dict[str, int]]]:
+    """How many replicas are in which state, by Ray Serve's word of a moment ago."""
     code = (
-        "import sys, ray; from ray import serve; ray.init(sys.argv[1], log_to_driver=False);"
-        "print(dict(serve.status().applications['antiphon'].deployments['antiphon'].replica_states))"
+        "import sys, time, ray; from ray import serve; ray.init(sys.argv[1], log_to_driver=False)\n"
+        "while True:\n"
+        "    states = serve.status().applications['antiphon'].deployments['antiphon'].replica_states\n"
+        "    print('states', dict(states), flush=True); time.sleep(0.5)"
     )
-    told = subprocess.run([sys.executable, "-c", code, address], env=env, check=True, capture_output=True, text=True)
-    return ast.literal_eval(told.stdout.splitlines()[-1])
+    how: dict[str, Any] = {"stderr": subprocess.DEVNULL, "text": True, "env": env}
+    with subprocess.Popen([sys.executable, "-c", code, address], stdout=subprocess.PIPE, **how) as process:
+        assert process.stdout is not None
+        told, last = process.stdout, [dict[str, int]()]
+
+        def read() -> None:
+            for line in told:
+                if line.startswith("states"):
+                    last[0] = ast.literal_eval(line.partition(" ")[2])
+
+        threading.Thread(target=read, daemon=True).start()
+        try:
+            yield lambda: last[0]
+        finally:
+            process.kill()
 
 
 def test_an_update_under_load_drops_no_conversation():
@@ -189,6 +205,7 @@ def test_an_update_under_load_drops_no_conversation():
         command = [sys.executable, "-c", "from antiphon.cli import main; main()", "serve", "--port", str(port)]
         command += ["--ray", address, "--replicas", "2", "--cpus", "1", "--conversations", "4"]
         subprocess.run(command, check=True, timeout=2 * PATIENCE, env=env)
+        states = stack.enter_context(watched(address, env))
         lines = [stack.enter_context(line(server)) for _ in range(4)]
         old = {c.events[0]["session"]["id"].split("_")[1] for c in lines}
         before = replicas(head)
@@ -206,8 +223,8 @@ def test_an_update_under_load_drops_no_conversation():
         stack.callback(is_over.set)  # before the threads are waited for, whatever fails
         update = subprocess.Popen([*command, "--alias", "tiny-2"], env=env)
         stack.callback(update.kill)
-        until(lambda: len(replicas(head)) == 4, 2 * PATIENCE)
-        until(lambda: states(address, env) == {"RUNNING": 2, "STOPPING": 2}, 2 * PATIENCE)
+        until(lambda: len(replicas(head)) == 4, 2 * PATIENCE, every=0.5)
+        until(lambda: states() == {"RUNNING": 2, "STOPPING": 2}, 2 * PATIENCE, every=0.1)
         assert not {holder(server) for _ in range(4)} & old
         time.sleep(1.5 * GRACE)
         told = [len(own) for own in heard]
@@ -221,7 +238,7 @@ def test_an_update_under_load_drops_no_conversation():
             c.socket.close(1000)
         assert update.wait(PATIENCE) == 0
         assert not before & replicas(head)
-        assert states(address, env) == {"RUNNING": 2}
+        until(lambda: states() == {"RUNNING": 2}, PATIENCE)
         assert not any(one.was_cut for own in heard for one in own)
         assert len({one.text for own in heard for one in own[:1]}) == 1
         assert all(one.text and one.came for own in heard for one in own)

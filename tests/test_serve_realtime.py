@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -12,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from antiphon.audio import from_pcm16, read_audio, write_audio
-from antiphon.engine import Call
-from antiphon.generate import Omni, collect
+from antiphon.engine import Call, Engine
+from antiphon.generate import Omni, collect, load
 from antiphon.serve.cutting import PATIENCE
 from antiphon.serve.happenings import Item
 from antiphon.serve.history import History
@@ -30,6 +32,8 @@ from tests.realtime_line import Line, as_sent, at_24k, line, quiet, sound_of, te
 from tests.serving import Served, make_talkative, serving, tiny, until
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+TINY = Path(__file__).parent.parent / "antiphon/tiny"
+POSITIONS = '"max_position_embeddings": {}'
 HALF = {"type": "retention_ratio", "retention_ratio": 0.5}
 PUSH_TO_TALK: Any = {"input": {"turn_detection": None}}
 NO_SCHEMA = {"type": "function", "name": "f", "parameters": {"type": 7}}
@@ -593,21 +597,26 @@ def test_somebody_who_speaks_is_not_asked_whether_they_are_there(server):
         assert "response.created" not in seen, "create_response is false"
 
 
-def fill(c: Line) -> None:
-    """Say more than the model has positions for."""
-    for _ in range(9):
-        c.say("What day is it? " * 250)
+@pytest.fixture(scope="module")
+def forgetful(tmp_path_factory) -> Iterator[Served]:
+    """A server of tiny with a quarter of its positions."""
+    folder = shutil.copytree(TINY, tmp_path_factory.mktemp("short") / "tiny")
+    config = (folder / "config.json").read_text()
+    assert config.count(POSITIONS.format(8192)) == 2
+    (folder / "config.json").write_text(config.replace(POSITIONS.format(8192), POSITIONS.format(2048)))
+    with serving(make=lambda: Engine(load(folder, dtype=torch.float32), 1).start()) as served:
+        yield served
 
 
-@pytest.mark.long  # 8192 positions, three times
 @pytest.mark.parametrize(
     ("truncation", "status"),
     [("auto", "completed"), ({"type": "retention_ratio", "retention_ratio": 0.3}, "completed"), ("disabled", "failed")],
 )
-def test_a_conversation_that_is_full_forgets_its_beginning_or_says_so(server, truncation, status):
-    with line(server) as c:
+def test_a_conversation_that_is_full_forgets_its_beginning_or_says_so(forgetful, truncation, status):
+    with line(forgetful) as c:
         c.update(truncation=truncation, output_modalities=["text"])
-        fill(c)
+        for _ in range(16):  # more than there are positions for
+            c.say("What day is it? " * 30)
         c.send("response.create", response={"max_output_tokens": 8})
         done = c.last("response.done")["response"]
         assert done["status"] in (status, "incomplete" if status == "completed" else status)
