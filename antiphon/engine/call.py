@@ -237,6 +237,11 @@ class Turn:
         return len(self.speech.codes)
 
     @property
+    def has_sound(self) -> bool:
+        """Whether the sound of its first frame has been made."""
+        return bool(self.speech.sound)
+
+    @property
     def silent(self) -> int:
         """Frames whose sound has not been made."""
         return self.frames - len(self.speech.sound)
@@ -515,7 +520,7 @@ class Call:
             self.turn = fork.turn
         guess.events.limit = KEPT_FRAMES
         if self.turn is not None:
-            self.turn.ahead, self.turn.first_at = ahead, self._house.now() if self.turn.speech.sound else None
+            self.turn.ahead, self.turn.first_at = ahead, self._house.now() if self.turn.has_sound else None
         if guess.events.cancelled:
             self.session.cancel()
         return None

@@ -98,7 +98,7 @@ class Speaking(Lane):
             turn = call.turn
             if turn is None or turn.spoken or call.reading or call.following:
                 continue
-            silent = turn.silent >= (SILENT if turn.speech.sound else 1)  # nothing is beside the first sound
+            silent = turn.silent >= (SILENT if turn.has_sound else 1)  # nothing is beside the first sound
             kept = turn.events.kept + turn.silent >= turn.events.limit
             waits = silent or kept or not turn.has_word() or self.is_ahead(turn)
             if not waits or call.session.generation != turn.generation:

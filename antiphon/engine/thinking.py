@@ -24,7 +24,7 @@ from antiphon.generate import Done, reply_of
 from antiphon.sampling import NoiseKey, Sampling, choose
 from antiphon.streaming import State
 
-FIRST_WORDS = 2  # before there is a frame: the Talker, which is at it, has the machine to itself
+FIRST_WORDS = 2  # before there is sound: who makes the first of it has the machine to itself
 WORDS_AHEAD = 8  # of the frame that is made next: further on an answer's text can wait
 WINDOWS = 32  # that AuT hears at once
 LIVE_WINDOW = 2  # seconds AuT attends over where somebody waits for the answer (docs/performance.md); released is 8
@@ -146,7 +146,7 @@ class Thinking(Lane):
                 thought = turn.thought
                 if thought.is_over():
                     turn.end_text()
-                elif turn.spoken or len(turn.words) - turn.frames < (WORDS_AHEAD if turn.frames else FIRST_WORDS):
+                elif turn.spoken or len(turn.words) < (turn.frames + WORDS_AHEAD if turn.has_sound else FIRST_WORDS):
                     ids = torch.tensor(thought.unread(), dtype=torch.long, device=self.model.device)
                     reads[call] = self.model.thinker.embed(ids)
         return reads

@@ -222,7 +222,7 @@ class Device:
         return reads, positions
 
     def _wants_words(self, party: Party) -> bool:
-        return party.drawn - party.made < (WORDS_AHEAD if party.made else FIRST_WORDS)
+        return party.drawn < (party.made + WORDS_AHEAD if party.sounded else FIRST_WORDS)
 
     def _read(self, reads: Sequence[Party]) -> None:
         for party in reads:
