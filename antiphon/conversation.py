@@ -196,8 +196,7 @@ class Conversation:
         self._settled()
         if not isinstance(text, str):
             raise InputError(f"text must be a string, not {type(text).__name__}")
-        self.model.tokenizer.encode(text)  # refuses what is not Unicode
-        self._begin_turn()
+        self._begin_turn(self._positions(text))
         yield from self._end_clip()
         self.writer.text(text)
 
@@ -267,7 +266,7 @@ class Conversation:
             parts = list[str | Tensor]()
             for part in read:
                 parts.append(part if isinstance(part, str) else (yield from self._encode(*part)))
-            self._begin_turn()
+            self._begin_turn(sum(self._positions(part) for part in parts if isinstance(part, str)))
             for part in parts:
                 yield from self.text_steps(part) if isinstance(part, str) else self._add_clip(part)
             yield from self.commit_steps()
@@ -307,10 +306,14 @@ class Conversation:
         if self._answering:
             raise InputError("an answer is still being given; take its events to the end, or close them, first")
 
-    def _begin_turn(self) -> None:
+    def _positions(self, text: str) -> int:
+        """That a text takes; refuses what is not Unicode."""
+        return len(self.model.tokenizer.encode(text))
+
+    def _begin_turn(self, needed: int = 0) -> None:
         if not self._open:
-            if self.lacks_room():
-                self.forget()
+            if self.lacks_room(needed):
+                self.forget(needed)
             self._add(self.writer.open("user"), user=True)
             self._open = True
 
@@ -435,23 +438,23 @@ class Conversation:
         """The Talker's input [1, n, W] of what is the user's in a chunk, whose states are `accept` [n, U]."""
         return self.model.embed_rows(user_rows([chunk.ids[i] for i in chunk.mine]), accept)
 
-    def lacks_room(self) -> bool:
-        """Whether the oldest turns are to be forgotten before another begins."""
-        used = len(self.ids) + len(self._ids)
+    def lacks_room(self, needed: int = 0) -> bool:
+        """Whether the oldest turns are to be forgotten before another begins, whose text takes `needed` positions."""
+        used = len(self.ids) + len(self._ids) + needed
         return self.retention is not None and not self._open and used > (1 - TURN_ROOM) * self.thinker.capacity
 
-    def forget(self) -> int:
-        """Forget the oldest turns until `retention` is kept; returns how many positions were forgotten.
+    def forget(self, needed: int = 0) -> int:
+        """Forget the oldest turns until `retention` is kept, or less where `needed` positions would find no room.
 
-        System turns stay, and so do whole turns of the latest. What stays is read again as if it were all that had been
-        said: that is rare, and exact.
+        Returns how many positions were forgotten. System turns stay, and so do whole turns of the latest. What stays is
+        read again as if it were all that had been said: that is rare, and exact.
 
         Raises:
             InputError: the conversation has no retention.
         """
         if self.retention is None:
             raise InputError("this conversation forgets nothing; give it a retention")
-        keep = int(self.retention * self.thinker.capacity)
+        keep = int(min(self.retention * self.thinker.capacity, (1 - TURN_ROOM) * self.thinker.capacity - needed))
         self._users += [False] * (len(self.ids) - len(self._users))
         ids, users, heard = self.ids + self._ids, self._users + self._user, [*self._rows, *self._audio]
         opening, audio = self.model.config.im_start_token_id, self.model.config.audio_token_id

@@ -12,6 +12,8 @@ from antiphon.audio import Samples, check_samples, read_audio
 from antiphon.chat import ToolCall
 from antiphon.errors import AudioError, InputError
 
+MARKS = 64  # positions around a text, such as those of a tool's result
+
 
 def parts_of(message: Mapping[str, Any], optional: bool = False) -> list[Any]:
     """Content parts of a message; text alone is one part, and `optional` allows none.
@@ -27,6 +29,17 @@ def parts_of(message: Mapping[str, Any], optional: bool = False) -> list[Any]:
     if not isinstance(content, list) or (not content and not optional):
         raise InputError("a message's content must be text or a list of parts, and not empty")
     return content
+
+
+def most_positions(said: Any) -> int:
+    """No text takes more positions, be it given alone or as a message.
+
+    A token is a byte at least, composing (NFC) makes up to three of one, and what is written around it is short.
+    """
+    content = said.get("content") if isinstance(said, Mapping) else said
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+    return MARKS + sum(3 * len(text.encode(errors="replace")) for text in texts if isinstance(text, str))
 
 
 def text_of(part: Any) -> str:

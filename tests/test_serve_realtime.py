@@ -604,7 +604,7 @@ def forgetful(tmp_path_factory) -> Iterator[Served]:
     config = (folder / "config.json").read_text()
     assert config.count(POSITIONS.format(8192)) == 2
     (folder / "config.json").write_text(config.replace(POSITIONS.format(8192), POSITIONS.format(2048)))
-    with serving(make=lambda: Engine(load(folder, dtype=torch.float32), 1).start()) as served:
+    with serving(make=lambda: Engine(load(folder, dtype=torch.float32), 2).start()) as served:
         yield served
 
 
@@ -615,8 +615,8 @@ def forgetful(tmp_path_factory) -> Iterator[Served]:
 def test_a_conversation_that_is_full_forgets_its_beginning_or_says_so(forgetful, truncation, status):
     with line(forgetful) as c:
         c.update(truncation=truncation, output_modalities=["text"])
-        for _ in range(16):  # more than there are positions for
-            c.say("What day is it? " * 30)
+        for _ in range(9):  # more than there are positions for
+            c.say("What day is it? " * 60)
         c.send("response.create", response={"max_output_tokens": 8})
         done = c.last("response.done")["response"]
         assert done["status"] in (status, "incomplete" if status == "completed" else status)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from antiphon.caches import CACHE_BLOCK
-from antiphon.errors import InputError, WeightsError
+from antiphon.errors import CapacityError, InputError, WeightsError
 from antiphon.files import read_safetensors, write_safetensors
 from antiphon.generate import AudioDelta, Done, Omni, Reply, Session, TextDelta, collect
 from antiphon.sampling import GREEDY, Sampling
@@ -822,6 +822,22 @@ def test_a_conversation_may_go_on_for_ever():
     system = omni(short).session("Be brief.")
     system.commit()
     assert session.ids[: len(system.ids)] == system.ids
+
+
+def test_a_long_text_finds_room_where_older_turns_can_be_forgotten():
+    short = {f"{box}_config.text_config.max_position_embeddings": 240 for box in ("thinker", "talker")}
+    session, words = omni(short).session("Be brief.", retention=0.9), "word " * 30
+    size = len(session.model.tokenizer.encode(words))
+    assert 240 * 0.1 < size < 240 / 2
+    while len(session.ids) + size <= 240:
+        told(session, range(1))
+    assert not session.lacks_room()
+    message = {"role": "user", "content": words}
+    session.append_message(message)
+    assert collect(session.respond(audio=False, max_text_tokens=4)).text_ids
+    assert len(session.ids) <= 240
+    with pytest.raises(CapacityError, match="shorten it"):
+        session.append_message({"role": "user", "content": "word " * 300})
 
 
 def test_a_conversation_that_forgets_can_be_saved(tmp_path):

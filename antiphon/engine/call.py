@@ -36,6 +36,7 @@ from antiphon.generate import (
     collect,
     token_stream,
 )
+from antiphon.messages import most_positions
 from antiphon.model import Boxes
 from antiphon.spoken import Spoken
 
@@ -71,6 +72,7 @@ class Wish:
 
     what: Callable[[], Any]
     settled: bool  # only when nothing of the call is with the lanes
+    needed: int = 0  # positions that it takes, at most: nothing is with the lanes either when older turns make room
     done: Future[Any] = field(default_factory=Future)
     steps: Steps[Any] | None = None  # of what takes long: one at a time
     asked: Windows | None = None  # that AuT has to hear before the next step
@@ -312,7 +314,7 @@ class Call:
     def append_text(self, text: str) -> Future[None]:
         """As `Session.append_text`."""
         self._forget()
-        return self._wish(lambda: self.session.text_steps(text))
+        return self._wish(lambda: self.session.text_steps(text), needed=most_positions(text))
 
     def append_audio(self, samples: Any, rate: int = 16000) -> Future[None]:
         """As `Session.append_audio`: windows that close are read while the user goes on speaking."""
@@ -327,7 +329,7 @@ class Call:
     def append_message(self, message: Mapping[str, Any]) -> Future[None]:
         """As `Session.append_message`."""
         self._forget()
-        return self._wish(lambda: self.session.message_steps(message))
+        return self._wish(lambda: self.session.message_steps(message), needed=most_positions(message))
 
     def commit(self) -> Future[None]:
         """As `Session.commit`."""
@@ -427,9 +429,10 @@ class Call:
             return None
         if self.wishes[0].steps is not None:
             return self.wishes[0]
-        if (self.wishes[0].settled or self.session.lacks_room()) and (self.reading or self.following):
+        wish = self.wishes[0]
+        if (wish.settled or self.session.lacks_room(wish.needed)) and (self.reading or self.following):
             return None
-        return self.wishes[0]
+        return wish
 
     def fail(self, error: Exception) -> None:
         """End by an error: whoever waits for something is told."""
@@ -442,8 +445,8 @@ class Call:
         self.reading.clear()
         self.following.clear()
 
-    def _wish(self, what: Callable[[], Any], settled: bool = False) -> Future[Any]:
-        wish = Wish(what, settled)
+    def _wish(self, what: Callable[[], Any], settled: bool = False, needed: int = 0) -> Future[Any]:
+        wish = Wish(what, settled, needed)
         if self.closed or self.error is not None:
             wish.done.set_exception(self.error or InputError("this conversation has left the engine; open another"))
         else:
