@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from antiphon.serve.settings import Settings
 from tests.serving import Served, engine, serving
 
 QUESTION = (tone()[:8000], 16000)
+QUESTIONS = Path(__file__).parent.parent / "examples"
 SHORT = Load(1, turns=1, max_frames=10)
 SILENCE = base64.b64encode(bytes(2 * 2400)).decode()  # a tenth of a second
 LOUD = base64.b64encode(np.full(2400, 8000, "<i2").tobytes()).decode()
@@ -145,7 +147,8 @@ def run_command(monkeypatch, *words: object) -> int:
 
 def test_a_server_from_the_command_line(monkeypatch, capsys, server, tmp_path):
     out, plot = tmp_path / "figures.json", tmp_path / "latency.png"
-    limits = ("-c", 1, "--turns", 1, "--max-frames", 10, "--out", out, "--plot", plot)
+    limits = ("-c", 1, "--turns", 1, "--max-frames", 10, "--question", QUESTIONS / "question.wav")
+    limits += ("--out", out, "--plot", plot)
     assert run_command(monkeypatch, "tiny", "--url", f"ws://{server.host}", *limits) == 0
     printed, figures = capsys.readouterr().out, json.loads(out.read_text())
     assert "| 1 at once |" in printed
