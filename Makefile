@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 CLIENTS := .venv-conformance
 CLIENTS_STAMP := $(CLIENTS)/.installed
 
-.PHONY: talk test test-long browser load scale scale-labels scale-kills scale-serving conformance check parity bench clean
+.PHONY: talk test test-long browser load scale scale-labels scale-kills scale-training scale-serving conformance check parity bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,7 +45,7 @@ load: $(STAMP)
 
 ## jobs of a cluster on this machine: labelling, training in two processes and replicas of the server are killed and go on
 scale: $(STAMP)
-	$(MAKE) --jobs 2 --output-sync scale-labels scale-kills
+	$(MAKE) --jobs 2 --output-sync scale-labels scale-kills scale-training
 	$(MAKE) scale-serving
 
 SCALE := OMP_NUM_THREADS=1 $(BIN)/pytest -m scale -s
@@ -54,7 +54,10 @@ scale-labels:
 	$(SCALE) tests/test_pseudo_labels.py
 
 scale-kills:
-	$(SCALE) tests/test_scale_kills.py tests/test_train_ranks.py
+	$(SCALE) tests/test_scale_kills.py
+
+scale-training:
+	$(SCALE) tests/test_train_ranks.py
 
 # packets have to be on time: alone
 scale-serving:
