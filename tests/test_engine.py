@@ -793,9 +793,9 @@ def resident() -> int:
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
-@pytest.mark.parametrize("seconds", [2, pytest.param(600, marks=pytest.mark.long)])
-def test_a_soak_leaves_no_call_no_thread_and_no_memory(seconds):
-    """Conversations that come, ask, leave in the middle or hear all of it, as fast as they may."""
+@pytest.mark.parametrize(("seconds", "pause"), [(2, 0.0), pytest.param(600, 0.1, marks=pytest.mark.long)])
+def test_a_soak_leaves_no_call_no_thread_and_no_memory(seconds, pause):
+    """Conversations that come, ask, leave in the middle or hear all of it; the long one leaves room for other tests."""
     threads, random, sizes = threading.active_count(), np.random.default_rng(0), []
     engine = Engine(model(), capacity=12)
     engine.warm(2)  # what is recorded stays
@@ -817,6 +817,7 @@ def test_a_soak_leaves_no_call_no_thread_and_no_memory(seconds):
                 assert events.reply().finish
             call.close()
             sizes.append(resident())
+            threading.Event().wait(pause)
         for _ in range(400):
             if engine.calls:
                 threading.Event().wait(0.05)
