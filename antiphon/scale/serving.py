@@ -14,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-from collections import Counter
+import time
+from collections import deque
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -39,6 +40,7 @@ from antiphon.serve.settings import Settings
 
 APP = "antiphon"
 REPORTS = 0.2  # seconds between two words of a replica about its room
+LAG = 1.0  # after which whoever was sent to a replica is in its word
 COUNTS = 1.0  # and between what it has counted
 OPEN = 10_000  # requests that a replica takes at once: its own gate says how many conversations
 SPARE = 0.25  # of all places, that should be free: with fewer the autoscaler adds a replica
@@ -150,11 +152,15 @@ class Replica:
 
 
 class Router(FIFOMixin, RequestRouter):
-    """Sends callers to who has most room: by the replica's own word, less those that were sent there since."""
+    """Sends callers to who has most room: by the replica's own word, less those that were sent there a moment ago.
+
+    A word may be older than who was sent before it came, so it takes nobody off: whoever it counts already is counted
+    twice for a moment, which is the same for all replicas.
+    """
 
     def initialize_state(self, **how: Any) -> None:
         """Nobody has been sent anywhere."""
-        self.sent, self.said = Counter[str](), dict[str, Any]()
+        self.sent: dict[str, deque[float]] = {}  # when, to each replica
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -165,14 +171,14 @@ class Router(FIFOMixin, RequestRouter):
 
     def room(self, replica: RunningReplica) -> float:
         """Conversations that a replica has room for, as far as is known."""
-        name, said = replica.replica_id.unique_id, replica.routing_stats
-        if self.said.get(name) is not said:
-            self.said[name], self.sent[name] = said, 0
-        return said.get("free", 0) - self.sent[name]
+        sent = self.sent.setdefault(replica.replica_id.unique_id, deque())
+        while sent and sent[0] < time.monotonic() - LAG:
+            sent.popleft()
+        return replica.routing_stats.get("free", 0) - len(sent)
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """One more has been sent there."""
-        self.sent[replica_id.unique_id] += 1
+        self.sent.setdefault(replica_id.unique_id, deque()).append(time.monotonic())
 
 
 def wanted_replicas(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
