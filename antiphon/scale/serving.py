@@ -40,7 +40,7 @@ from antiphon.serve.settings import Settings
 
 APP = "antiphon"
 REPORTS = 0.2  # seconds between two words of a replica about its room
-LAG = 1.0  # after which whoever was sent to a replica is in its word
+LAG = 3.0  # after which whoever was sent to a replica is in its word
 COUNTS = 1.0  # and between what it has counted
 OPEN = 10_000  # requests that a replica takes at once: its own gate says how many conversations
 SPARE = 0.25  # of all places, that should be free: with fewer the autoscaler adds a replica
