@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import repeat
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +29,41 @@ def roll(tail: Tensor, x: Tensor, dim: int = -1) -> Tensor:
 Tails = Iterator[Tensor | None]  # one per convolution, in the order in which they run
 
 
-class CausalConv1d(Part):
-    """Convolution over x [B, C, T] that sees the present and the past only.
+class Causal(Part):
+    """A convolution over x [B, C, T] that sees the present and the past only: `context` steps of it, its tail."""
 
-    A strided one takes whole strides; what is missing at the end of a whole sequence is filled with zeros.
-    """
+    conv: Any  # nn.Conv1d or nn.ConvTranspose1d
+    context: int
+    takes = 1  # steps at a time: what is missing at the end of a whole sequence is filled with zeros
+
+    def init_tail(self, rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Silence before the first piece [R, C, context]."""
+        return torch.zeros(rows, self.conv.in_channels, self.context, device=device, dtype=dtype)
+
+    def convolution(self) -> Bound:
+        """From [B, C, context + T] to what the T steps give, with the weights of now."""
+        raise NotImplementedError
+
+    def bind(self) -> Bound:
+        """As `forward`."""
+        convolve, context, takes = self.convolution(), self.context, self.takes
+
+        def run(x: Tensor, tails: Tails) -> Tensor:
+            tail = next(tails)
+            x = F.pad(x, (0, -x.shape[-1] % takes)) if takes > 1 else x
+            if context:
+                x = F.pad(x, (context, 0)) if tail is None else roll(tail, x)
+            return convolve(x)
+
+        return run
+
+    def forward(self, x: Tensor, tails: Tails) -> Tensor:
+        """[B, C, T] -> [B, C', …]."""
+        return self.bind()(x, tails)
+
+
+class CausalConv1d(Causal):
+    """Convolution: T steps give ceil(T / stride)."""
 
     def __init__(
         self,
@@ -48,28 +79,11 @@ class CausalConv1d(Part):
         super().__init__()
         self.conv = nn.Conv1d(inputs, outputs, kernel, stride=stride, dilation=dilation, groups=groups, bias=bias)
         self.context = (kernel - 1) * dilation + 1 - stride  # steps of the past in each output
-        self.stride = stride
+        self.takes = stride
 
-    def init_tail(self, rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Silence before the first piece [R, C, context]."""
-        return torch.zeros(rows, self.conv.in_channels, self.context, device=device, dtype=dtype)
-
-    def bind(self) -> Bound:
-        """As `forward`."""
-        convolve, context, stride = bind_convolution(self.conv), self.context, self.stride
-
-        def run(x: Tensor, tails: Tails) -> Tensor:
-            tail = next(tails)
-            x = F.pad(x, (0, -x.shape[-1] % stride)) if stride > 1 else x
-            if context:
-                x = F.pad(x, (context, 0)) if tail is None else roll(tail, x)
-            return convolve(x)
-
-        return run
-
-    def forward(self, x: Tensor, tails: Tails) -> Tensor:
-        """[B, C, T] -> [B, C', ceil(T / stride)]."""
-        return self.bind()(x, tails)
+    def convolution(self) -> Bound:
+        """Of x [B, C, context + T]."""
+        return bind_convolution(self.conv)
 
 
 def bind_convolution(conv: nn.Conv1d) -> Bound:
@@ -110,7 +124,7 @@ def multiply(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     return y.view(-1, batch, count).transpose(0, 1)
 
 
-class CausalTransposedConv1d(Part):
+class CausalTransposedConv1d(Causal):
     """Upsampling by `stride`, cropped on the right only: T steps give exactly T * stride, none of them waits.
 
     The published Code2Wav crops both sides and so looks one frame ahead; this is the strictly causal
@@ -121,27 +135,10 @@ class CausalTransposedConv1d(Part):
         super().__init__()
         self.conv = nn.ConvTranspose1d(inputs, outputs, kernel, stride=stride)
         self.context = -(-kernel // stride) - 1  # earlier steps whose kernels still ring
-        self.stride = stride
 
-    def init_tail(self, rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Silence before the first piece [R, C, context]."""
-        return torch.zeros(rows, self.conv.in_channels, self.context, device=device, dtype=dtype)
-
-    def bind(self) -> Bound:
-        """As `forward`."""
-        convolve, context = bind_transposed(self.conv, self.context), self.context
-
-        def run(x: Tensor, tails: Tails) -> Tensor:
-            tail = next(tails)
-            if context:
-                x = F.pad(x, (context, 0)) if tail is None else roll(tail, x)
-            return convolve(x)
-
-        return run
-
-    def forward(self, x: Tensor, tails: Tails) -> Tensor:
-        """[B, C, T] -> [B, C', T * stride]."""
-        return self.bind()(x, tails)
+    def convolution(self) -> Bound:
+        """Of x [B, C, context + T]."""
+        return bind_transposed(self.conv, self.context)
 
 
 def bind_transposed(conv: nn.ConvTranspose1d, context: int) -> Bound:
@@ -173,7 +170,7 @@ def bind_transposed(conv: nn.ConvTranspose1d, context: int) -> Bound:
 
 def conv_tails(module: nn.Module, rows: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     """A fresh tail for every causal convolution in `module`, in the order in which they are registered and run."""
-    convolutions = (m for m in module.modules() if isinstance(m, CausalConv1d | CausalTransposedConv1d))
+    convolutions = (m for m in module.modules() if isinstance(m, Causal))
     return [m.init_tail(rows, device, dtype) for m in convolutions]
 
 
