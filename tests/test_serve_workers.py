@@ -1,5 +1,6 @@
 """Several processes behind one port: callers go where there is room, and a session outlives the process it was in."""
 
+import contextlib
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from websockets.exceptions import InvalidStatus
 
 from antiphon.serve.meters import Meters, summed
+from antiphon.serve.workers import Doorkeeper, Worker
 from tests.realtime_line import Line, line, text_of, types
 from tests.serving import Served, tiny, until
 
@@ -185,6 +187,40 @@ def test_workers_are_renewed_while_the_conversations_of_the_old_ones_go_on(group
             assert ask(b)
     until(lambda: not Path(f"/proc/{old}").exists(), 60)
     assert group.get("/health").status_code == 200
+
+
+def test_a_worker_whose_word_is_older_than_who_was_sent_gets_nobody_more():
+    keeper: Any = Doorkeeper(None, None, 2, 1, None, None)  # type: ignore[arg-type]
+    doors = dict[str, socket.socket]()
+    for name in ("a", "b", "not warm"):
+        ours, doors[name] = socket.socketpair()
+        for end in (ours, doors[name]):
+            end.setblocking(False)
+        keeper.workers.append(Worker(name, None, ours))  # type: ignore[arg-type]
+
+    def says(name: str, free: int) -> None:
+        doors[name].send(json.dumps({"free": free, "most": 1}).encode() + b"\n")
+        next(w for w in keeper.workers if w.name == name).read()
+
+    def sent_to() -> str:
+        caller, there = socket.socketpair()
+        with caller, there:
+            keeper._hand_over(there, None)
+        for name, door in doors.items():
+            with contextlib.suppress(BlockingIOError):
+                for handle in socket.recv_fds(door, 1, 1)[1]:
+                    os.close(handle)
+                return name
+        raise AssertionError("nobody got the caller")
+
+    says("a", 1)
+    says("b", 1)
+    first = sent_to()
+    says(first, 1)  # written before the caller came
+    assert {first, sent_to()} == {"a", "b"}
+    assert "not warm" not in [sent_to() for _ in range(4)]
+    for end in (*doors.values(), *(w.door for w in keeper.workers)):
+        end.close()
 
 
 def test_what_workers_have_counted_is_added_up():

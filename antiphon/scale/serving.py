@@ -14,8 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import time
-from collections import deque
+from collections import defaultdict
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -36,6 +35,7 @@ from antiphon.serve.app import create_app
 from antiphon.serve.engines import Load
 from antiphon.serve.kept import Shelves
 from antiphon.serve.logs import to_standard_error
+from antiphon.serve.room import Room
 from antiphon.serve.settings import Settings
 
 APP = "antiphon"
@@ -152,15 +152,11 @@ class Replica:
 
 
 class Router(FIFOMixin, RequestRouter):
-    """Sends callers to who has most room: by the replica's own word, less those that were sent there a moment ago.
-
-    A word may be older than who was sent before it came, so it takes nobody off: whoever it counts already is counted
-    twice for a moment, which is the same for all replicas.
-    """
+    """Sends callers to who has most room."""
 
     def initialize_state(self, **how: Any) -> None:
         """Nobody has been sent anywhere."""
-        self.sent: dict[str, deque[float]] = {}  # when, to each replica
+        self.rooms = defaultdict[str, Room](lambda: Room(LAG))  # of each replica
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -171,14 +167,11 @@ class Router(FIFOMixin, RequestRouter):
 
     def room(self, replica: RunningReplica) -> float:
         """Conversations that a replica has room for, as far as is known."""
-        sent = self.sent.setdefault(replica.replica_id.unique_id, deque())
-        while sent and sent[0] < time.monotonic() - LAG:
-            sent.popleft()
-        return replica.routing_stats.get("free", 0) - len(sent)
+        return self.rooms[replica.replica_id.unique_id].left(replica.routing_stats.get("free", 0))
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """One more has been sent there."""
-        self.sent.setdefault(replica_id.unique_id, deque()).append(time.monotonic())
+        self.rooms[replica_id.unique_id].take()
 
 
 def wanted_replicas(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:

@@ -31,6 +31,7 @@ from antiphon.serve.app import create_app
 from antiphon.serve.engines import Load, Prepare
 from antiphon.serve.kept import Shelves
 from antiphon.serve.logs import note, to_standard_error
+from antiphon.serve.room import Room
 from antiphon.serve.run import Server, config_of
 from antiphon.serve.settings import Settings
 
@@ -38,6 +39,7 @@ SPAWN = multiprocessing.get_context("spawn")  # a fork would copy threads in the
 WAITING = 2048  # callers who have not been looked at
 LINE = 2048  # bytes of a request's first line that are looked at
 REPORTS = 0.1  # seconds between two of a worker's words about its room
+LAG = 1.0  # after which whoever was sent to a worker is in its word
 COUNTS = 1.0  # and between what it has counted
 RETURNS = re.compile(rb"^GET /v1/realtime\?(?:[^ ]*&)?session_id=(\w{1,100})[& ]")
 
@@ -135,12 +137,18 @@ class Worker:
     name: str
     process: SpawnProcess
     door: socket.socket
-    free: int = -1  # conversations that it has room for; -1 until it is warm
+    free: int = -1  # conversations that it says it has room for; -1 until it is warm
     most: int = 0  # that it holds at once
     is_leaving: bool = False  # nobody new is sent to it
     heard: bytes = b""
+    room: Room = field(default_factory=lambda: Room(LAG))
     warm: asyncio.Event = field(default_factory=asyncio.Event)
     gone: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def left(self) -> int:
+        """Places left, as far as is known."""
+        return self.room.left(self.free)
 
     def read(self) -> None:
         """What it says about its room."""
@@ -169,7 +177,7 @@ class Worker:
             socket.send_fds(self.door, [b"c"], [connection.fileno()])
         except OSError:
             return False
-        self.free -= 1  # until it says so itself
+        self.room.take()
         return True
 
 
@@ -282,8 +290,7 @@ class Doorkeeper:
         """End a worker when nobody speaks with it any more, or after a while."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.settings.renew_seconds):
-                await asyncio.sleep(5 * REPORTS)  # until it has told of who was sent to it last
-                while worker.free < worker.most and not worker.gone.is_set():
+                while worker.left < worker.most and not worker.gone.is_set():
                     await asyncio.sleep(REPORTS)
         worker.process.terminate()
 
@@ -313,7 +320,7 @@ class Doorkeeper:
 
     def _hand_over(self, connection: socket.socket, holder: str | None) -> None:
         held = [worker for worker in self.workers if worker.name == holder]
-        others = sorted((w for w in self.workers if not w.is_leaving), key=lambda w: -w.free)
+        others = sorted((w for w in self.workers if not w.is_leaving), key=lambda w: (w.free < 0, -w.left))
         for worker in (*held, *others):
             if worker.give(connection):
                 return
