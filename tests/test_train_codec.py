@@ -29,7 +29,6 @@ from antiphon.train.stages.codec import (
     CODEC_SIZES,
     Code2WavStage,
     CodecStage,
-    Crops,
     SpectrumHead,
     code2wav_config,
     crop,
@@ -233,9 +232,9 @@ def test_crops_begin_before_their_clip_and_end_after_it():
 
 def test_a_batch_is_a_function_of_its_step(place):
     one, other = CodecStage(setting(place, "codec")), CodecStage(setting(place, "codec"))
-    batches = [one.batch(step).wave for step in range(3)]
+    batches = [one.batch(step) for step in range(3)]
     assert batches[0].shape == (4, 6 * FRAME)
-    assert torch.equal(other.batch(2).wave, batches[2])
+    assert torch.equal(other.batch(2), batches[2])
     assert not torch.equal(batches[1], batches[2])
     assert not torch.equal(batches[1][0], batches[1][1])
 
@@ -277,7 +276,7 @@ def test_killed_and_continued_is_as_never_killed(place, trained, tmp_path, monke
     )
     run(here, tmp_path / "whole")
 
-    def killed(player: str, batch: Crops, step: int, last: int) -> Any:
+    def killed(player: str, batch: torch.Tensor, step: int, last: int) -> Any:
         if step == last:
             raise KeyboardInterrupt
         return whole(player, batch, step)
@@ -332,10 +331,10 @@ def test_in_a_share_of_the_steps_only_the_first_codebooks_are_heard(place):
 
 def test_aut_teaches_the_first_codebook_alone(place):
     stage = CodecStage(setting(place, "codec", init={"aut": "aut"}))
-    wave = stage.batch(0).wave
+    wave = stage.batch(0)
     for step in range(4, 8):
-        stage.loss("codec", Crops(wave), step)
-    made = stage.make(Crops(wave), 8)
+        stage.loss("codec", wave, step)
+    made = stage.make(wave, 8)
     made.figures["semantic"].backward()
     quantizer = stage.codec.quantizer
     taught = quantizer.semantic_residual_vector_quantizer.input_proj
@@ -374,7 +373,7 @@ def test_what_is_trained_is_what_speaks(place, trained, tmp_path):
 def test_training_begins_where_the_sound_is(place):
     """Convolutions of the encoder give mean 0 and deviation 1; the head and the outline say the mean spectrum."""
     stage = CodecStage(setting(place, "codec"))
-    wave = stage.batch(0).wave
+    wave = stage.batch(0)
     with torch.no_grad():
         x = stage.codec.encoder.encoder(wave[:, None], tails_of(None))
         torch.testing.assert_close(x.mean((0, 2)), torch.zeros(CODEC["hidden_size"]), atol=1e-4, rtol=0)
@@ -414,15 +413,15 @@ def test_the_head_teaches_code2wav(place, trained, tmp_path, frozen):
         CodecStage(setting(place, "codec", init=dict.fromkeys(("codec", *parts, "head"), "codec"))),
     )
     codec.modules.eval()
-    wave = stage.batch(0).wave
+    wave = stage.batch(0)
     before = {n: t.clone() for n, t in stage.modules.state_dict().items()}
-    first = stage.make(Crops(wave), 0)
+    first = stage.make(wave, 0)
     with torch.no_grad():
         wanted = codec.decode(codec.encode(wave))
     off = (first.wave.detach() - wanted).norm() / wanted.norm()
     assert float(first.figures["taught"]) == pytest.approx(float(off.detach()), rel=1e-3)
     train(stage, here.recipe, tmp_path, quiet=True)
-    last = stage.make(Crops(wave), 0)
+    last = stage.make(wave, 0)
     assert float(last.figures["taught"]) == pytest.approx(float((last.wave - wanted).norm() / wanted.norm()), rel=1e-3)
     assert float(last.figures["taught"]) < 0.95 * float(off)
     moved = {n for n, t in stage.modules.state_dict().items() if not torch.equal(t, before[n])}

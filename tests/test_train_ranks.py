@@ -476,12 +476,6 @@ def test_every_stage_and_every_recipe_of_the_released_size_runs_in_two_processes
     }
     pairs |= {"model": "digits.json", "options": {"out": "pairs.jsonl.gz", "takes": 2, "apart": 0.0, **sizes}}
     pairs["init"].pop("codec")
-    again = {**first["code2wav"], "name": "again", "stage": "said", "init": {**RUNS, **said}}
-    again["init"].pop("decoder")
-    again["options"] = {**again["options"], "speech": {"speaker": sizes["speaker"]}}
-    again["data"] = {**again["data"], "mix": [{"cuts": "digits.jsonl.gz", "task": "say"}]}
-    again["data"]["validation"] = [{"cuts": "digits-valid.jsonl.gz", "task": "say"}]
-    runs.append(again)
     (tmp_path / "two.yaml").write_text(yaml.safe_dump({"runs": [tokenizer, *runs, pairs, *last]}))
     runs += last
     for name in ("digits.json", "codec.json"):

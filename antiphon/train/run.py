@@ -26,7 +26,6 @@ from antiphon.train.stages.aut import AuTStage
 from antiphon.train.stages.codec import CODEC_SIZES, Code2WavStage, CodecStage
 from antiphon.train.stages.common import Setting
 from antiphon.train.stages.preference import PreferenceStage
-from antiphon.train.stages.said import SaidStage
 from antiphon.train.stages.speech import SpeechStage
 from antiphon.train.stages.thinker import ThinkerStage
 from antiphon.train.stages.turn import TurnStage
@@ -36,7 +35,6 @@ STAGES: dict[str, Callable[[Setting], Stage]] = {
     "aut": AuTStage,
     "codec": CodecStage,
     "code2wav": Code2WavStage,
-    "said": SaidStage,
     "thinker": ThinkerStage,
     "speech": SpeechStage,
     "preference": PreferenceStage,

@@ -83,14 +83,6 @@ class SoundOptions:
     decoder: dict[str, Any] = field(default_factory=dict)  # sizes of AuT's text decoder, to read sound back with
 
 
-@dataclass(frozen=True)
-class Crops:
-    """Sound to give back, and the codes to make it of where they are not those that the codec gives for it."""
-
-    wave: Tensor  # [R, N]
-    codes: Tensor | None = None  # [R, T, Q]
-
-
 @dataclass
 class Made:
     """What a stage makes of sound: the sound again, further losses, and figures."""
@@ -101,14 +93,12 @@ class Made:
 
 
 class SoundStage(ABC):
-    """What these stages share: crops of clips, distances, the adversary, figures, sound and pictures."""
-
-    kind: type[SoundOptions] = SoundOptions
+    """What both stages share: crops of clips, distances, the adversary, figures, sound and pictures."""
 
     def __init__(self, setting: Setting, modules: dict[str, nn.Module], trained: list[str]) -> None:
         recipe = setting.recipe
         self.setting, self.plan, self.device, self.trained = setting, recipe.optimization, setting.device, trained
-        self.options = o = read_fields(self.kind, dict(recipe.options), f"{recipe.name}.options")
+        self.options = o = read_fields(SoundOptions, dict(recipe.options), f"{recipe.name}.options")
         self.config = read_codec_config(setting)
         self.judged_from = round(o.judging.start * self.plan.steps)
         if self.judged_from < self.plan.steps:
@@ -124,8 +114,8 @@ class SoundStage(ABC):
         self.heard: tuple[Tensor, Tensor] | None = None  # recorded and made: from one player of a step to the other
 
     @abstractmethod
-    def make(self, crops: Crops, step: int) -> Made:
-        """Crops, on the device, through the codec, as it trains."""
+    def make(self, wave: Tensor, step: int) -> Made:
+        """Wave [R, N] through the codec, as it trains."""
 
     @abstractmethod
     def encode(self, wave: Tensor) -> Tensor:
@@ -139,49 +129,35 @@ class SoundStage(ABC):
         """The stage's own modules, then the adversary, which judges what they made in the same step."""
         return {"codec": self.trained} | ({JUDGES: [JUDGES]} if JUDGES in self.modules else {})
 
-    def batch(self, number: int) -> Crops:
-        """`batch_seconds` of sound, each crop from a clip of its own."""
-        places = self.places(number)
-        waves = [crop(self.kept(e), self.crop_samples, places.random()) for e in self.clips(number)]
-        return Crops(torch.from_numpy(np.stack(waves)))
-
-    @property
-    def crop_samples(self) -> int:
-        """N of a crop."""
-        return self.options.frames * self.config.frame_samples
-
-    def clips(self, number: int) -> list[Example]:
-        """One clip for each crop of a batch."""
-        rows = max(1, round(self.setting.recipe.data.batch_seconds * self.config.sampling_rate / self.crop_samples))
-        return [self.mix.draw(number * rows + row)[0] for row in range(rows)]
-
-    def places(self, number: int) -> np.random.Generator:
-        """Where the crops of a batch lie in their clips."""
-        return np.random.Generator(
+    def batch(self, number: int) -> Tensor:
+        """Crops [R, N]: `batch_seconds` of sound, each from a clip of its own."""
+        samples = self.options.frames * self.config.frame_samples
+        rows = max(1, round(self.setting.recipe.data.batch_seconds * self.config.sampling_rate / samples))
+        places = np.random.Generator(
             np.random.Philox(np.random.SeedSequence([self.setting.recipe.seed, number, 1 << 21]))
         )
+        clips = [self.kept(self.mix.draw(number * rows + row)[0]) for row in range(rows)]
+        return torch.from_numpy(np.stack([crop(clip, samples, places.random()) for clip in clips]))
 
     def read(self, example: Example) -> Samples:
         """Samples [N] of a clip."""
         return load_samples(example.cut, self.config.sampling_rate)
 
-    def counts(self, batch: Crops) -> dict[str, float]:
+    def counts(self, batch: Tensor) -> dict[str, float]:
         """None: all crops are of one length, and every batch has as many."""
         return {}
 
-    def size(self, batch: Crops) -> Size:
+    def size(self, batch: Tensor) -> Size:
         """Samples, none of them padding."""
-        samples = batch.wave.numel()
-        return Size(samples / self.config.sampling_rate, samples, samples)
+        return Size(batch.numel() / self.config.sampling_rate, batch.numel(), batch.numel())
 
-    def loss(self, player: str, batch: Crops, step: int) -> Loss:
+    def loss(self, player: str, batch: Tensor, step: int) -> Loss:
         """Distances, what the stage adds, and the adversary's part; for the adversary, its own."""
         if player == JUDGES:
             return self._judge()
-        crops, o = replace(batch, wave=batch.wave.to(self.device)), self.options
+        wave, o = batch.to(self.device), self.options
         with self.plan.autocast(self.device):
-            made = self.make(crops, step)
-        wave = crops.wave
+            made = self.make(wave, step)
         d = self.distance(made.wave.float(), wave)
         total = o.mel * d.mel + o.stft * d.stft + o.convergence * d.convergence + made.loss
         figures = {"mel": d.mel, "stft": d.stft, "convergence": d.convergence, **made.figures}
@@ -276,7 +252,7 @@ class CodecStage(SoundStage):
         begin(self.codec)
         begin(self.code2wav)
         super().__init__(setting, modules, trained)
-        wave = self.batch(0).wave.to(self.device)
+        wave = self.batch(0).to(self.device)
         if "codec" not in setting.recipe.init:
             settle(self.codec, wave)
         for name, part in (("head", self.head), ("outline", self.outline)):
@@ -284,9 +260,8 @@ class CodecStage(SoundStage):
                 part.expect(wave)
         self.quantized_from = round(self.options.quantize * self.plan.steps)
 
-    def make(self, crops: Crops, step: int) -> Made:
+    def make(self, wave: Tensor, step: int) -> Made:
         """Through the quantizer, or past it while it is off."""
-        wave = crops.wave
         latents, figures = self.codec.encoder(wave), {}
         if step < self.quantized_from:
             x, semantic = self.codec.quantizer.project(latents)
@@ -365,20 +340,16 @@ class Code2WavStage(SoundStage):
         if not {"code2wav", "code2wav.code_embedding"} & set(recipe.init):
             embed_codebooks(self.code2wav, self.codec)
 
-    def make(self, crops: Crops, step: int) -> Made:
+    def make(self, wave: Tensor, step: int) -> Made:
         """Codes to sound."""
-        codes = self.codes_of(crops)
+        codes = self.encode(wave)
         made = self.code2wav(codes)
         if self.head is None:
-            return Made(made, made.new_zeros(()))
+            return Made(made, wave.new_zeros(()))
         with torch.no_grad():
             wanted = self.head(upsampled(self.steps, self.codec.quantizer.decode(codes)))
         taught = (made - wanted).float().square().sum().sqrt() / (wanted.float().norm() + FLOOR)
         return Made(made, self.options.taught * taught, {"taught": taught})
-
-    def codes_of(self, crops: Crops) -> Tensor:
-        """Codes [R, T, Q] of crops."""
-        return self.encode(crops.wave)
 
     def encode(self, wave: Tensor) -> Tensor:
         """The codes that the Talker is trained on."""

@@ -31,7 +31,6 @@ from antiphon.codec import Codec
 from antiphon.errors import ConfigError, InputError
 from antiphon.generate import Omni, collect
 from antiphon.model import Speech
-from antiphon.sampling import MTP, TALKER, NoiseKey, choose
 from antiphon.speaker import SpeakerConfig, SpeakerEncoder
 from antiphon.talker import CLONED, Rows, talker_prompt
 from antiphon.train.codes import Spoken, encode, key_of, sound_of
@@ -346,27 +345,6 @@ class SpeechStage:
         first = draw(speech.talker.codec_head(states)[:, :kinds], generator)
         rest = speech.mtp.logits(states, speech.talker.model.codec_embedding(first), codes[chosen, 1:])
         return codes.index_copy(0, chosen, torch.cat([first[:, None], draw(rest, generator)], 1))
-
-    @torch.no_grad()
-    def said(self, batch: SpeechBatch, temperature: float = 1.0) -> list[Tensor]:
-        """Codes [T, Q] of each answer, every frame drawn as in conversation, after recorded frames.
-
-        `temperature` divides the scores, as the export does.
-        """
-        with self.plan.autocast(self.device):
-            states, codes, _ = self.scores(batch)
-        speech, states = self.boxes.speaking(), states[codes[:, 0] >= 0].float()
-        frames = torch.arange(len(states), device=self.device)
-
-        def drawn(scores: Tensor, codebook: int) -> Tensor:
-            sampling = MTP if codebook else TALKER
-            return choose(scores / temperature, sampling, NoiseKey(batch.seed, 0, frames, codebook))
-
-        first = drawn(speech.talker.codec_head(states)[:, : speech.mtp.config.vocab_size], 0)
-        embedded = speech.talker.model.codec_embedding(first)
-        room = speech.mtp.init_state(len(states), self.device, states.dtype)
-        rest, _ = speech.mtp.predict(states, embedded, drawn, room)
-        return [*torch.cat([first[:, None], rest], 1).cpu().split(batch.counts.tolist())]
 
     def counts(self, batch: SpeechBatch) -> dict[str, float]:
         """Frames and ends, frames that MTP learns from, and those whose token is to be followed."""
