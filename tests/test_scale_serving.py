@@ -293,7 +293,7 @@ def test_a_caller_goes_to_who_has_most_room():
         return SimpleNamespace(replica_id=SimpleNamespace(unique_id=name), routing_stats=stats[name])
 
     def next_one() -> str:
-        both = sorted((replica("a"), replica("b")), key=router.room)
+        both = sorted((replica("a"), replica("b")), key=router.rank)
         router.on_request_routed(None, both[-1].replica_id, None)
         return both[-1].replica_id.unique_id
 

@@ -219,6 +219,8 @@ def test_a_worker_whose_word_is_older_than_who_was_sent_gets_nobody_more():
     says(first, 1)  # written before the caller came
     assert {first, sent_to()} == {"a", "b"}
     assert "not warm" not in [sent_to() for _ in range(4)]
+    says("a", 0)
+    assert {sent_to() for _ in range(4)} == {"b"}, "who is full comes after who says that it is not"
     for end in (*doors.values(), *(w.door for w in keeper.workers)):
         end.close()
 

@@ -162,12 +162,12 @@ class Router(FIFOMixin, RequestRouter):
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """One after another, the one with most room first."""
-        ranked = sorted(candidate_replicas, key=self.room, reverse=True)
+        ranked = sorted(candidate_replicas, key=self.rank, reverse=True)
         return [[replica] for replica in ranked]
 
-    def room(self, replica: RunningReplica) -> float:
-        """Conversations that a replica has room for, as far as is known."""
-        return self.rooms[replica.replica_id.unique_id].left(replica.routing_stats.get("free", 0))
+    def rank(self, replica: RunningReplica) -> tuple[int, int]:
+        """The higher, the more room a replica has for the next caller, as far as is known."""
+        return self.rooms[replica.replica_id.unique_id].rank(replica.routing_stats.get("free", 0))
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """One more has been sent there."""

@@ -24,6 +24,13 @@ class Room:
         """One more has been sent there."""
         self.sent.append(time.monotonic())
 
+    def rank(self, free: int) -> tuple[int, int]:
+        """The higher, the better for the next caller; who says it has no place comes after all who say they have one.
+
+        Short requests count as sent too: many of them must not make a server with places look fuller than a full one.
+        """
+        return min(free, 1), self.left(free)
+
     def left(self, free: int) -> int:
         """Places left where the server last spoke of `free`; below zero where more were sent."""
         while self.sent and self.sent[0] < time.monotonic() - self.lag:

@@ -145,11 +145,6 @@ class Worker:
     warm: asyncio.Event = field(default_factory=asyncio.Event)
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 
-    @property
-    def left(self) -> int:
-        """Places left, as far as is known."""
-        return self.room.left(self.free)
-
     def read(self) -> None:
         """What it says about its room."""
         try:
@@ -290,7 +285,7 @@ class Doorkeeper:
         """End a worker when nobody speaks with it any more, or after a while."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.settings.renew_seconds):
-                while worker.left < worker.most and not worker.gone.is_set():
+                while worker.room.left(worker.free) < worker.most and not worker.gone.is_set():
                     await asyncio.sleep(REPORTS)
         worker.process.terminate()
 
@@ -320,7 +315,8 @@ class Doorkeeper:
 
     def _hand_over(self, connection: socket.socket, holder: str | None) -> None:
         held = [worker for worker in self.workers if worker.name == holder]
-        others = sorted((w for w in self.workers if not w.is_leaving), key=lambda w: (w.free < 0, -w.left))
+        staying = [worker for worker in self.workers if not worker.is_leaving]
+        others = sorted(staying, key=lambda worker: worker.room.rank(worker.free), reverse=True)
         for worker in (*held, *others):
             if worker.give(connection):
                 return
